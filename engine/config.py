@@ -1,0 +1,45 @@
+"""What one engine needs to know before it starts. Plain data: it crosses the socket as the first message."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4", "fp8"]
+
+
+class KVCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size of the paged KV cache: a share of the GPU memory left free, or `gib` (what a CPU takes)."""
+
+    memory_share: float = 0.85
+    gib: float | None = None
+    dtype: Literal["auto", "fp8"] = "auto"
+    prefix_cache: bool = True
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One model's engine. `source` is a Hub id, a folder, a `.gguf` file or `package:MODULE/FILE`."""
+
+    source: str
+    revision: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    quantization: Quantization | None = None
+    max_context: int | None = None
+    """Tokens of prompt and completion together; None takes the checkpoint's own limit."""
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    num_blocks: int | None = None
+    """KV blocks, when they are to be counted instead of derived from memory (tests, benchmarks)."""
+    block_size: int = 16
+    max_batch: int = 256
+    max_batch_tokens: int | None = None
+    """Tokens a step, decode and prefill together; None: 8192 on a GPU, 512 on a CPU."""
+    overlap: bool | None = None
+    """Launch a step before the last one's tokens were read; None: on a GPU only."""
+    threads: int | None = None
+    """CPU threads of the forward pass; None: all cores this process may use."""
+    compile: bool = False
+    deterministic: Literal["auto"] | bool = "auto"
+    speculation_ngram: bool = False

@@ -1,0 +1,78 @@
+"""The paged KV cache's tensors and their size.
+
+    one layer:  k [B + 1, G, S, D]   v [B + 1, G, S, E]
+
+Block 0 belongs to nobody: padding rows of a captured step write there. Requests own blocks 1 to B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.config import EngineConfig
+
+CPU_GIB = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """All layers' tensors; `caches[i]` is layer i's (k, v)."""
+
+    caches: list[tuple[Tensor, Tensor]]
+    num_blocks: int
+    block_size: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * self.block_size
+
+
+def block_bytes(layers: list[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return sum(layer.elements_per_token() for layer in layers) * block_size * dtype.itemsize
+
+
+def count_blocks(
+    config: EngineConfig,
+    layers: list[LayerSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_context: int,
+) -> int:
+    """How many blocks to allocate: as configured, else what the memory holds, never more than is of use."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    per_block = block_bytes(layers, config.block_size, dtype)
+    gib = config.kv_cache.gib
+    if device.type == "cuda" and gib is None:
+        free, _ = torch.cuda.mem_get_info(device)
+        available = free * config.kv_cache.memory_share
+    else:
+        available = (CPU_GIB if gib is None else gib) * 2**30
+    useful = config.max_batch * -(-max_context // config.block_size)
+    blocks = min(int(available // per_block), useful)
+    if blocks < 1:
+        raise MemoryError(
+            f"no room for a KV cache: one block takes {per_block / 2**20:.1f} MiB, "
+            f"{available / 2**20:.1f} MiB are to be had; lower max_batch_tokens or raise kv_cache.gib"
+        )
+    return blocks
+
+
+def allocate(
+    layers: list[LayerSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """Zeroed tensors (zeros from the system are touched lazily, and stale NaNs must not meet a masked weight)."""
+    caches = [
+        (
+            torch.zeros(num_blocks + 1, x.kv_heads, block_size, x.key_size, dtype=dtype, device=device),
+            torch.zeros(num_blocks + 1, x.kv_heads, block_size, x.value_size, dtype=dtype, device=device),
+        )
+        for x in layers
+    ]
+    return KVCache(caches, num_blocks, block_size)

@@ -1,0 +1,149 @@
+"""The only forward pass: one step's tokens through the model, then the sampler.
+
+    launch(step)   prepare inputs ─▶ forward ─▶ logits of the rows that need them ─▶ sample      (asynchronous on a GPU)
+    collect(run)   wait, and read what was drawn
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.engine import attention, kv_cache
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
+from tokenmill.engine.kernel_set import KernelSet, select_kernels
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
+from tokenmill.engine.request import Sequence
+from tokenmill.engine.sampler import Logprobs, Sampled, Sampler
+from tokenmill.engine.scheduler import Step
+
+SCORE_BYTES = 1 << 28
+"""Float32 logits of scored prompt positions held at once."""
+
+
+@dataclass(slots=True)
+class Run:
+    """A launched step: its schedule, its inputs, and its results on the device."""
+
+    step: Step
+    inputs: StepInputs
+    sampled: Sampled | None
+
+
+@dataclass(slots=True)
+class Draw:
+    """One token that was drawn for a sequence."""
+
+    sequence: Sequence
+    token: int
+    bad: bool
+    logprob: float | None
+    top: TopLogprobs | None
+
+
+@dataclass(slots=True)
+class Result:
+    """What a step brought, on the host."""
+
+    draws: list[Draw]
+    scores: list[tuple[Sequence, PromptLogprobs]]
+
+
+class ModelRunner:
+    """Owns the model, the KV cache's tensors and the persistent rows."""
+
+    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+        self.model = model
+        self.device = model.device
+        self.kernels: KernelSet = select_kernels(model.device)
+        self.phases: dict[str, float] = defaultdict(float)
+        layers = attention.probe_layers(model.module)
+        num_blocks = kv_cache.count_blocks(config, layers, model.dtype, model.device, model.max_context)
+        self.cache = kv_cache.allocate(layers, num_blocks, config.block_size, model.dtype, model.device)
+        self.max_context = min(model.max_context, self.cache.capacity)
+        blocks = -(-self.max_context // config.block_size)
+        self.batch = InputBatch(config.max_batch, blocks, config.block_size, model.device)
+        self.sampler = Sampler(self.kernels, self.batch, model.logits_width, model.eos_ids)
+
+    @property
+    def score_tokens(self) -> int:
+        """Most prompt positions whose logits one step may hold."""
+        return max(16, SCORE_BYTES // (4 * self.model.logits_width))
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Run:
+        """Start a step on the device."""
+        began = time.perf_counter()
+        for sequence in step.started:
+            self.batch.start(sequence)
+            self.sampler.start(sequence)
+        inputs = self.batch.prepare(step)
+        prepared = time.perf_counter()
+        logits = self._forward(inputs)
+        forwarded = time.perf_counter()
+        sampled = self.sampler.sample(logits, inputs) if len(inputs.logits_index) else None
+        self.phases["prepare"] += prepared - began
+        self.phases["forward"] += forwarded - prepared
+        self.phases["sample"] += time.perf_counter() - forwarded
+        return Run(step, inputs, sampled)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        if inputs.carried is not None:
+            places, rows = inputs.carried
+            inputs.input_ids[places] = self.sampler.last_tokens[rows]
+        metadata = attention.AttentionMetadata(
+            self.kernels,
+            self.cache.caches,
+            inputs.slots,
+            inputs.block_table,
+            inputs.seq_lens,
+            inputs.query_start,
+        )
+        logits = attention.forward(
+            self.model.module, inputs.input_ids, inputs.positions, metadata, inputs.logits_index
+        )
+        if inputs.copies is not None:
+            for k_cache, v_cache in self.cache.caches:
+                self.kernels.copy_blocks(k_cache, v_cache, *inputs.copies)
+        return logits
+
+    def collect(self, run: Run) -> Result:
+        """Wait for a launched step and read its tokens."""
+        began = time.perf_counter()
+        sampled, inputs = run.sampled, run.inputs
+        if sampled is None:
+            return Result([], [])
+        tokens, bad = sampled.tokens.tolist(), sampled.bad.tolist()
+        draws = [
+            Draw(sequence, token, wrong, None, None)
+            for sequence, token, wrong in zip(inputs.samplers, tokens, bad, strict=True)
+        ]
+        if sampled.logprobs is not None:
+            wanted = [inputs.samplers[i].params.logprobs or 0 for i in sampled.logprob_rows]
+            values, tops = _to_host(sampled.logprobs, wanted)
+            for i, value, top in zip(sampled.logprob_rows, values, tops, strict=True):
+                draws[i].logprob, draws[i].top = value, top
+        scores = [] if sampled.prompt is None else _prompt_scores(sampled.prompt, inputs.scored)
+        self.phases["sample"] += time.perf_counter() - began
+        return Result(draws, scores)
+
+
+def _to_host(logprobs: Logprobs, wanted: list[int]) -> tuple[list[float], list[TopLogprobs]]:
+    ids, values = logprobs.top_ids.tolist(), logprobs.top_values.tolist()
+    tops = [TopLogprobs(i[:k], v[:k]) for i, v, k in zip(ids, values, wanted, strict=True)]
+    return logprobs.values.tolist(), tops
+
+
+def _prompt_scores(logprobs: Logprobs, parts: list[ScoredPart]) -> list[tuple[Sequence, PromptLogprobs]]:
+    wanted = [part.sequence.params.prompt_logprobs or 0 for part in parts for _ in range(part.count)]
+    values, tops = _to_host(logprobs, wanted)
+    return [
+        (p.sequence, PromptLogprobs(p.start, values[p.row : p.row + p.count], tops[p.row : p.row + p.count]))
+        for p in parts
+    ]

@@ -1,0 +1,194 @@
+"""From logits to tokens, in the order that the API promises:
+
+    raw logits ──▶ log-probabilities
+        └ bias → repetition → presence, frequency → min_tokens → temperature → min_p → top_k → top_p → Gumbel-max
+
+Each stage runs only when some row of the step wants it. The noise is a pure function of (seed, position, token
+id), so a row's draw depends on nothing but the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenmill.engine.input_batch import InputBatch, StepInputs
+from tokenmill.engine.request import Sequence
+
+BAN = -100.0
+"""A bias of this much or less bans a token whatever its logit."""
+
+
+class SamplingKernels(Protocol):
+    """The kernels that sampling needs; `kernels/reference.py` documents them."""
+
+    apply_logit_bias: Callable[..., None]
+    apply_penalties: Callable[..., None]
+    sample: Callable[..., Tensor]
+    token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of `chosen` rows [n] and, [n, k], of their likeliest tokens."""
+
+    values: Tensor
+    top_ids: Tensor
+    top_values: Tensor
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a step drew, on the device: N sampler rows.
+
+    `bad` marks rows without a finite largest logit (NaN, or everything masked): their token means nothing.
+    `logprobs` covers the rows listed in `logprob_rows`, in that order.
+    """
+
+    tokens: Tensor  # [N] int64
+    bad: Tensor  # [N] bool
+    logprob_rows: list[int]
+    logprobs: Logprobs | None
+    prompt: Logprobs | None  # the scored prompt rows
+
+
+class Sampler:
+    """Holds what outlives a step: each slot's counts for penalties, its bias, its last token."""
+
+    def __init__(self, kernels: SamplingKernels, batch: InputBatch, width: int, eos_ids: list[int]) -> None:
+        """`width`: of the logits. `eos_ids` are held back, with a request's stop ids, until its min_tokens."""
+        self._kernels = kernels
+        self._batch = batch
+        self._width = width
+        self._eos_ids = eos_ids
+        self._device = batch.device
+        slots = len(batch.seed)
+        self.last_tokens = torch.zeros(slots, dtype=torch.int64, device=self._device)
+        self._counts: Tensor | None = None  # [slots, V] int32, made when the first penalty asks for it
+        self._prompt_seen: Tensor | None = None  # [slots, V] bool
+        self._bias: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+
+    def start(self, sequence: Sequence) -> None:
+        """Set up the slot of a sequence that starts, or starts again after a preemption."""
+        self._bias.pop(sequence.slot, None)
+        bias = sequence.params.logit_bias
+        if bias:
+            values = np.array([v if v > BAN else -np.inf for v in bias.values()], np.float32)
+            self._bias[sequence.slot] = (np.array(list(bias), np.int64), values)
+        if sequence.params.penalized:
+            self._count(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
+        if self._counts is None or self._prompt_seen is None:
+            shape = (len(self._batch.seed), self._width)
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._prompt_seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        output = torch.tensor(sequence.output, dtype=torch.int64, device=self._device)
+        prompt = torch.tensor(sequence.prompt, dtype=torch.int64, device=self._device)
+        self._counts[sequence.slot] = torch.bincount(output, minlength=self._width).int()
+        self._prompt_seen[sequence.slot] = False
+        self._prompt_seen[sequence.slot, prompt] = True
+
+    def sample(self, logits: Tensor, inputs: StepInputs) -> Sampled:
+        """Draw one token for each sampler; logits [S + N, V] in the model's dtype, scored prompt rows first."""
+        scored = len(inputs.targets)
+        prompt = self._score(logits[:scored], inputs.targets, _most_alternatives(inputs)) if scored else None
+        raw = logits[scored:]
+        work = self._adjust(raw, inputs)
+        tokens = self._draw(work, inputs)
+        bad = ~torch.isfinite(work.amax(-1)) if len(work) else torch.zeros(0, dtype=torch.bool)
+        rows = [i for i, s in enumerate(inputs.samplers) if s.params.scored]
+        logprobs = None
+        if rows:
+            top = max(inputs.samplers[i].params.logprobs or 0 for i in rows)
+            index = torch.tensor(rows, device=self._device)
+            logprobs = self._score(raw[index], tokens[index], top)
+        self._remember(tokens, inputs)
+        return Sampled(tokens, bad, rows, logprobs, prompt)
+
+    def _score(self, logits: Tensor, chosen: Tensor, top: int) -> Logprobs:
+        return Logprobs(*self._kernels.token_logprobs(logits, chosen, top))
+
+    def _adjust(self, raw: Tensor, inputs: StepInputs) -> Tensor:
+        """Float32 logits [N, V] after bias, penalties and min_tokens; `raw` stays as it is."""
+        bias = self._bias_entries(inputs)
+        held_back = self._held_back(inputs)
+        penalized = self._batch.penalized[inputs.rows]
+        changes = bias is not None or held_back is not None or bool(penalized.any())
+        work = raw.clone() if changes and raw.dtype is torch.float32 else raw.float()
+        if bias is not None:
+            self._kernels.apply_logit_bias(work, *bias)
+        if penalized.any():
+            rows = inputs.rows
+            self._kernels.apply_penalties(
+                work,
+                self._put(np.where(penalized, rows, -1)),
+                self._counts,
+                self._prompt_seen,
+                self._put(self._batch.repetition[rows]),
+                self._put(self._batch.presence[rows]),
+                self._put(self._batch.frequency[rows]),
+            )
+        if held_back is not None:
+            self._kernels.apply_logit_bias(work, *held_back)
+        return work
+
+    def _draw(self, work: Tensor, inputs: StepInputs) -> Tensor:
+        batch, rows = self._batch, inputs.rows
+        return self._kernels.sample(
+            work,
+            self._put(batch.temperature[rows]),
+            self._put(batch.min_p[rows]),
+            self._put(batch.top_k[rows]),
+            self._put(batch.top_p[rows]),
+            self._put(batch.seed[rows]),
+            inputs.generated,
+        )
+
+    def _bias_entries(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor] | None:
+        found = [(i, *self._bias[slot]) for i, slot in enumerate(inputs.rows.tolist()) if slot in self._bias]
+        if not found:
+            return None
+        rows = np.concatenate([np.full(len(tokens), i, np.int64) for i, tokens, _ in found])
+        tokens = np.concatenate([tokens for _, tokens, _ in found])
+        values = np.concatenate([values for *_, values in found])
+        return self._put(rows), self._put(tokens), self._put(values)
+
+    def _held_back(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor] | None:
+        """-inf for the ends of those rows that haven't reached their min_tokens."""
+        rows: list[int] = []
+        tokens: list[int] = []
+        for i, sequence in enumerate(inputs.samplers):
+            if sequence.num_generated - 1 < sequence.params.min_tokens:
+                ends = {*self._eos_ids, *sequence.params.stop_token_ids}
+                rows += [i] * len(ends)
+                tokens += ends
+        if not rows:
+            return None
+        return (
+            self._put(np.array(rows, np.int64)),
+            self._put(np.array(tokens, np.int64)),
+            self._put(np.full(len(rows), -np.inf, np.float32)),
+        )
+
+    def _remember(self, tokens: Tensor, inputs: StepInputs) -> None:
+        rows = self._put(inputs.rows)
+        self.last_tokens[rows] = tokens
+        if self._counts is not None:
+            penalized = self._batch.penalized[inputs.rows]
+            if penalized.any():
+                chosen = self._put(np.flatnonzero(penalized))
+                self._counts[rows[chosen], tokens[chosen]] += 1
+
+    def _put(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _most_alternatives(inputs: StepInputs) -> int:
+    return max(part.sequence.params.prompt_logprobs or 0 for part in inputs.scored)

@@ -1,0 +1,317 @@
+"""What runs in the next step: one token budget, decodes first, chunks of prefill in what is left.
+
+    waiting ──admit (whole prompt fits)──▶ running ──▶ finished
+       ▲                                      │
+       └──────── preempt (recompute) ─────────┘      youngest first, when a decode finds no block
+
+Blocks for everything that a sequence has already (prompt, and output after a preemption) are taken when it is
+admitted, so only decodes allocate later. `schedule` advances `num_computed` and `pending` at once, before the
+step has run: the next step may be scheduled while this one is on the device. What comes out of a step is
+recorded by `engine.py` through `append`, `finish` and `commit`.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.messages import FinishReason
+from tokenmill.engine.request import Sequence, Status
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens `start` to `start + count` of one sequence, computed in this step.
+
+    `samplers` are the sequences that draw a token from the logits of its last position: none for a chunk that
+    ends inside the prompt, the sequence itself, and on the first time the children that forked from it.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samplers: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Step:
+    """One step's work. `copies` are (source, target) blocks to copy after the forward pass (forks)."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+    """Sequences that got their slot in this step: their persistent rows must be written."""
+    scored: int = 0
+    """Prompt positions whose logits this step must compute for log-probabilities."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """Owns the queues, the slots and, through the pool, the blocks."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_batch: int, max_batch_tokens: int, score_tokens: int, prefix_cache: bool
+    ) -> None:
+        """`score_tokens`: most prompt positions a step that are scored, so that logits stay bounded."""
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.score_tokens = score_tokens
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.suspects: list[Sequence] = []
+        """Sequences of a step that raised: each runs alone until it has passed a step, or raises again."""
+        self.preemptions = 0
+        self._slots = list(range(max_batch - 1, -1, -1))
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence (with its children behind it)."""
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=lambda s: s.order)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # ---------------------------------------------------------------- one step
+
+    def schedule(self) -> Step:
+        """Choose the next step's chunks; an empty step means that nothing can run now."""
+        step = Step()
+        if self.suspects:
+            self._schedule_alone(self.suspects[0], step)
+            return step
+        budget = self.max_batch_tokens
+        budget = self._schedule_decodes(step, budget)
+        budget = self._schedule_prefills(step, budget)
+        if not step.preempted:
+            self._admit(step, budget)
+        return step
+
+    def _schedule_alone(self, sequence: Sequence, step: Step) -> None:
+        if sequence.status is Status.WAITING:
+            for other in list(self.running):
+                self._preempt(other, step)
+            if sequence.pending or not self._start(sequence, step):
+                return
+        count = self._chunk_size(sequence, self.max_batch_tokens, step)
+        if count and self._grow(sequence, count, step):
+            self._add_chunk(step, sequence, count)
+
+    def _schedule_decodes(self, step: Step, budget: int) -> int:
+        for sequence in list(self.running):
+            if budget == 0:
+                break
+            if sequence.status is not Status.RUNNING or sequence.uncomputed != 1 or not sequence.num_generated:
+                continue
+            if not sequence.wants_token:
+                continue
+            if self._grow(sequence, 1, step):
+                self._add_chunk(step, sequence, 1)
+                budget -= 1
+        return budget
+
+    def _schedule_prefills(self, step: Step, budget: int) -> int:
+        scheduled = {id(chunk.sequence) for chunk in step.chunks}
+        for sequence in self.running:
+            if budget == 0:
+                break
+            if id(sequence) in scheduled or not self._prefilling(sequence):
+                continue
+            budget -= self._add_chunk(step, sequence, self._chunk_size(sequence, budget, step))
+        return budget
+
+    def _admit(self, step: Step, budget: int) -> None:
+        while budget > 0 and self._slots and self.waiting:
+            sequence = next((s for s in self.waiting if not s.pending), None)
+            if sequence is None or (sequence.scores_prompt and step.scored >= self.score_tokens):
+                return
+            if not self._start(sequence, step):
+                return
+            budget -= self._add_chunk(step, sequence, self._chunk_size(sequence, budget, step))
+
+    @staticmethod
+    def _prefilling(sequence: Sequence) -> bool:
+        """Whether there is something to compute besides the next decode token."""
+        if sequence.uncomputed > 1:
+            return True
+        return sequence.uncomputed == 1 and not sequence.num_generated
+
+    def _chunk_size(self, sequence: Sequence, budget: int, step: Step) -> int:
+        count = min(sequence.uncomputed, budget)
+        if sequence.scores_prompt:
+            count = min(count, self.score_tokens - step.scored)
+        return count
+
+    def _add_chunk(self, step: Step, sequence: Sequence, count: int) -> int:
+        if count <= 0:
+            return 0
+        if sequence.scores_prompt:
+            step.scored += count
+        chunk = Chunk(sequence, sequence.num_computed, count)
+        step.chunks.append(chunk)
+        sequence.num_computed += count
+        if sequence.uncomputed == 0:
+            chunk.samplers = [sequence, *self._fork(sequence, step)] if sequence.wants_token else []
+            for sampler in chunk.samplers:
+                sampler.pending += 1
+        return count
+
+    def _start(self, sequence: Sequence, step: Step) -> bool:
+        """Give a waiting sequence a slot, its cached prefix, and blocks for all that it has; False if none fit."""
+        if not self._slots:
+            return False
+        salt = sequence.salt
+        if self.prefix_cache and sequence.reads_cache:
+            prefix = self.pool.match(sequence.tokens(0, sequence.num_tokens), salt)
+        else:
+            prefix = self.pool.match((), salt)
+        needed = self.pool.blocks_for(sequence.num_tokens) - len(prefix.blocks)
+        spare = len(self.running)
+        free = self.pool.free_blocks
+        if self.running and needed + spare > free:
+            return False
+        blocks = self.pool.allocate(needed, prefix.blocks)
+        if blocks is None:
+            return False
+        self.waiting.remove(sequence)
+        sequence.blocks = blocks
+        sequence.committed = len(prefix.blocks)
+        sequence.content = prefix.name
+        sequence.num_computed = len(prefix.blocks) * self.pool.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+        self._run(sequence, step)
+        return True
+
+    def _run(self, sequence: Sequence, step: Step) -> None:
+        sequence.slot = self._slots.pop()
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=lambda s: s.order)
+        step.started.append(sequence)
+
+    def _fork(self, parent: Sequence, step: Step) -> list[Sequence]:
+        """Let the children share the parent's full prompt blocks; those that don't fit prefill on their own."""
+        children, parent.children = parent.children, []
+        forked = []
+        full = len(parent.prompt) // self.pool.block_size
+        for child in children:
+            partial = self.pool.blocks_for(len(parent.prompt)) - full
+            blocks = self.pool.allocate(partial, parent.blocks[:full]) if self._slots else None
+            if blocks is None:
+                self.add(child)
+                continue
+            if partial:
+                step.copies.append((parent.blocks[full], blocks[full]))
+            child.blocks = blocks
+            child.committed, child.content = 0, self.pool.root(child.salt)
+            child.num_computed = parent.num_computed
+            child.prompt_scored = len(parent.prompt)
+            child.cached_tokens = 0
+            self._run(child, step)
+            forked.append(child)
+        return forked
+
+    # ---------------------------------------------------------------- blocks
+
+    def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
+        """Make room for `count` more tokens, preempting the youngest others; False if it was itself preempted."""
+        needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+        while needed > 0:
+            blocks = self.pool.allocate(needed)
+            if blocks is not None:
+                sequence.blocks += blocks
+                return True
+            scheduled = {id(chunk.sequence) for chunk in step.chunks}
+            victim = next(s for s in reversed(self.running) if id(s) not in scheduled)
+            self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.add(sequence)
+        step.preempted.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.committed = 0
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+
+    # ---------------------------------------------------------------- what came of it
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """A pending token of a sequence is known now."""
+        sequence.pending -= 1
+        sequence.output.append(token)
+
+    def commit(self, sequence: Sequence, computed: int) -> None:
+        """Name the blocks among the first `computed` tokens, whose step has run, so that others can share them."""
+        if not self.prefix_cache or sequence.status is not Status.RUNNING:
+            return
+        size = self.pool.block_size
+        full = min(computed, len(sequence.blocks) * size) // size
+        while sequence.committed < full:
+            index = sequence.committed
+            tokens = sequence.tokens(index * size, (index + 1) * size)
+            sequence.content = self.pool.commit(sequence.blocks[index], sequence.content, tokens)
+            sequence.committed += 1
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> list[Sequence]:
+        """End a sequence, free what it holds; returns its children that now must go their own way (none if error)."""
+        if sequence.status is Status.RUNNING:
+            if reason == "error":
+                self.pool.discard(sequence.blocks)
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish = reason
+        children, sequence.children = sequence.children, []
+        return children
+
+    def rewind(self, step: Step) -> None:
+        """Undo a step that raised: its sequences go back to waiting and will each be tried alone."""
+        for chunk in step.chunks:
+            for sequence in {id(s): s for s in [chunk.sequence, *chunk.samplers]}.values():
+                if sequence in chunk.samplers:
+                    sequence.pending -= 1
+                sequence.prompt_scored = min(sequence.prompt_scored, chunk.start + 1)
+                if sequence.status is Status.RUNNING:
+                    self.pool.discard(sequence.blocks)
+                    self._preempt(sequence, Step())
+                if sequence.status is Status.WAITING and sequence not in self.suspects:
+                    self.suspects.append(sequence)
+
+    def cleared(self, sequence: Sequence) -> None:
+        """A suspect drew a token in a step of its own, so it isn't what raised."""
+        if sequence in self.suspects:
+            self.suspects.remove(sequence)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, slots and blocks agree."""
+        self.pool.check_integrity([s.blocks for s in self.running])
+        slots = [s.slot for s in self.running]
+        assert len(set(slots)) == len(slots), "two sequences share a slot"
+        assert not set(slots) & set(self._slots), "a used slot counts as free"
+        assert all(s.status is Status.RUNNING for s in self.running), "status of a running sequence"
+        assert all(s.status is Status.WAITING and not s.blocks for s in self.waiting), "a waiting one holds blocks"
+        assert self.waiting == sorted(self.waiting, key=lambda s: s.order), "waiting out of order"
+        for s in self.running:
+            assert s.num_computed <= len(s.blocks) * self.pool.block_size, "computed past its blocks"
+            assert s.num_computed <= s.num_tokens, "computed more tokens than there are"
+            assert s.committed * self.pool.block_size <= s.num_computed, "a block was named before it was computed"

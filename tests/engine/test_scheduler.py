@@ -1,0 +1,245 @@
+"""The scheduler under random histories, against a model of a device that remembers every slot's content.
+
+The simulated device checks what matters: when a chunk runs, each token before it must be in the cache blocks
+that the sequence holds, whoever wrote it there; and a sequence's output must be what it would be alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.request import Sequence, Status, make_sequences
+from tokenmill.engine.sampling_params import SamplingParams
+from tokenmill.engine.scheduler import Scheduler, Step
+
+SIZE = 4
+
+
+def next_token(history: list[int], choice: int) -> int:
+    """What the simulated model says after `history`."""
+    return (sum(history) * 31 + len(history) * 7 + choice) % 50
+
+
+@dataclass
+class Device:
+    """Blocks by number, each a list of the tokens whose keys it holds."""
+
+    blocks: dict[int, list[int | None]] = field(default_factory=dict)
+
+    def run(self, step: Step) -> list[tuple[Sequence, int]]:
+        """Compute a step: write the chunks' tokens, check what they attend to, sample."""
+        samples = []
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            history = everything(sequence)[: chunk.start + chunk.count]
+            for position in range(chunk.start, chunk.start + chunk.count):
+                self.block(sequence, position)[position % SIZE] = history[position]
+            seen = [self.block(sequence, p)[p % SIZE] for p in range(len(history))]
+            assert seen == history, "the cache doesn't hold what the sequence attends to"
+            for sampler in chunk.samplers:
+                samples.append((sampler, next_token(history, sampler.choice)))
+        for source, target in step.copies:
+            self.blocks[target] = list(self.blocks[source])
+        return samples
+
+    def block(self, sequence: Sequence, position: int) -> list[int | None]:
+        return self.blocks.setdefault(sequence.blocks[position // SIZE], [None] * SIZE)
+
+
+def everything(sequence: Sequence) -> list[int]:
+    """Prompt, output, and the pending tokens as the simulated model will say them."""
+    tokens = sequence.prompt + sequence.output
+    for _ in range(sequence.pending):
+        tokens = [*tokens, next_token(tokens, sequence.choice)]
+    return tokens
+
+
+@dataclass
+class Loop:
+    """The engine's loop without an engine, with the results of a step known one step later if `overlap`."""
+
+    scheduler: Scheduler
+    overlap: bool
+    device: Device = field(default_factory=Device)
+    live: list[Sequence] = field(default_factory=list)
+    in_flight: tuple[Step, list[tuple[Sequence, int]]] | None = None
+
+    def add(self, sequence: Sequence) -> None:
+        self.live += [sequence, *sequence.children]
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        orphans = self.scheduler.finish(sequence, "abort")
+        if orphans:
+            orphans[0].children = orphans[1:]
+            self.scheduler.add(orphans[0])
+
+    def step(self) -> None:
+        step = self.scheduler.schedule()
+        assert step.num_tokens <= self.scheduler.max_batch_tokens
+        run = (step, self.device.run(step)) if step.chunks else None
+        if self.overlap:
+            run, self.in_flight = self.in_flight, run
+        if run is not None:
+            self.collect(*run)
+        self.scheduler.check_integrity()
+
+    def collect(self, step: Step, samples: list[tuple[Sequence, int]]) -> None:
+        for chunk in step.chunks:
+            self.scheduler.commit(chunk.sequence, chunk.start + chunk.count)
+            if chunk.sequence.params.max_tokens == 0 and chunk.sequence.status is not Status.FINISHED:
+                if chunk.start + chunk.count == len(chunk.sequence.prompt):
+                    for child in [chunk.sequence, *self.scheduler.finish(chunk.sequence, "length")]:
+                        self.scheduler.finish(child, "length")
+        for sequence, token in samples:
+            if sequence.status is Status.FINISHED:
+                continue
+            self.scheduler.append(sequence, token)
+            if len(sequence.output) >= sequence.params.max_tokens or token == 13:
+                self.scheduler.finish(sequence, "length")
+
+    def drain(self) -> None:
+        for _ in range(3000):
+            if not self.scheduler.has_work and self.in_flight is None:
+                return
+            self.step()
+        raise AssertionError("the scheduler makes no progress")
+
+
+def alone(prompt: list[int], choice: int, max_tokens: int) -> list[int]:
+    """The output of a sequence that nothing disturbs."""
+    history = list(prompt)
+    while len(history) - len(prompt) < max_tokens:
+        history.append(next_token(history, choice))
+        if history[-1] == 13:
+            break
+    return history[len(prompt) :]
+
+
+def make_loop(blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True) -> Loop:
+    pool = BlockPool(blocks, SIZE)
+    scheduler = Scheduler(
+        pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache
+    )
+    return Loop(scheduler, overlap)
+
+
+def sequence_of(
+    number: int, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, scored: bool = False
+) -> Sequence:
+    params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
+    return make_sequences(number, prompt, params, 1, number, priority, "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_random_histories(data: st.DataObject) -> None:
+    blocks = data.draw(st.integers(6, 24), "blocks")
+    longest = blocks * SIZE
+    loop = make_loop(
+        blocks,
+        data.draw(st.integers(1, 6), "batch"),
+        data.draw(st.integers(1, 24), "budget"),
+        overlap=data.draw(st.booleans(), "overlap"),
+        cache=data.draw(st.booleans(), "cache"),
+    )
+    number = 0
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["add", "add", "step", "step", "step", "abort", "fail"]))
+        if action == "add":
+            prompt = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=longest // 2))
+            room = longest - len(prompt)
+            max_tokens = data.draw(st.integers(0, min(room, 20)))
+            n, priority, scored = data.draw(
+                st.tuples(st.integers(1, 4), st.integers(-1, 1), st.booleans()), "request"
+            )
+            loop.add(sequence_of(number, prompt, max_tokens, n, priority, scored))
+            number += 1
+        elif action == "abort" and loop.live:
+            loop.abort(data.draw(st.sampled_from(loop.live)))
+        elif action == "fail":
+            fail_a_step(loop)
+        else:
+            loop.step()
+    loop.drain()
+    assert loop.scheduler.pool.free_blocks == blocks
+    loop.scheduler.pool.check_integrity()
+    for sequence in loop.live:
+        expected = alone(sequence.prompt, sequence.choice, sequence.params.max_tokens)
+        if sequence.finish == "abort":
+            assert sequence.output == expected[: len(sequence.output)]
+        else:
+            assert sequence.output == expected
+
+
+def fail_a_step(loop: Loop) -> None:
+    """A step raises after it was scheduled: everything in flight is undone; nobody raises again afterwards."""
+    step = loop.scheduler.schedule()
+    undone = [step] + ([loop.in_flight[0]] if loop.in_flight else [])
+    loop.in_flight = None
+    for one in undone:
+        loop.scheduler.rewind(one)
+    loop.scheduler.check_integrity()
+    loop.scheduler.suspects.clear()
+
+
+def test_decodes_come_before_prefills_and_share_the_budget() -> None:
+    loop = make_loop(40, 8, 8, overlap=False)
+    loop.add(sequence_of(0, [1, 2, 3], 10))
+    loop.step()
+    loop.add(sequence_of(1, [5] * 30, 4))
+    step = loop.scheduler.schedule()
+    assert [(c.sequence.request, c.count) for c in step.chunks] == [(0, 1), (1, 7)]
+
+
+def test_choices_share_one_prefill() -> None:
+    loop = make_loop(40, 8, 64, overlap=False)
+    loop.add(sequence_of(0, list(range(10)), 3, n=4))
+    step = loop.scheduler.schedule()
+    assert step.num_tokens == 10
+    assert [s.choice for s in step.chunks[0].samplers] == [0, 1, 2, 3]
+    assert len(step.copies) == 3
+    assert loop.scheduler.pool.used_blocks == 2 + 4
+
+
+def test_lower_priority_numbers_run_first() -> None:
+    loop = make_loop(40, 1, 64, overlap=False)
+    for number, priority in enumerate([1, 0, -1]):
+        loop.add(sequence_of(number, [1, 2], 1, priority=priority))
+    assert [s.request for s in loop.scheduler.waiting] == [2, 1, 0]
+
+
+def test_the_youngest_is_preempted_and_resumes() -> None:
+    loop = make_loop(5, 4, 64, overlap=False)
+    loop.add(sequence_of(0, [0, 1, 1, 0], 12))
+    loop.add(sequence_of(1, [1, 1, 0, 0], 12))
+    loop.drain()
+    assert loop.live[1].preemptions > 0
+    assert loop.live[0].preemptions == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_suspect_runs_alone(overlap: bool) -> None:
+    loop = make_loop(40, 8, 64, overlap=overlap)
+    for number in range(3):
+        loop.add(sequence_of(number, [number] * 5, 4))
+    loop.scheduler.rewind(loop.scheduler.schedule())
+    assert len(loop.scheduler.suspects) == 3
+    step = loop.scheduler.schedule()
+    assert [c.sequence.request for c in step.chunks] == [0]
+    loop.collect(step, loop.device.run(step))
+    loop.scheduler.cleared(loop.live[0])
+    assert [s.request for s in loop.scheduler.suspects] == [1, 2]
+
+
+def test_scored_prompts_run_in_bounded_chunks() -> None:
+    loop = make_loop(40, 8, 64, overlap=False)
+    loop.add(sequence_of(0, [1] * 30, 1, scored=True))
+    loop.add(sequence_of(1, [2] * 30, 1, scored=True))
+    step = loop.scheduler.schedule()
+    assert step.scored == 8
+    assert [c.count for c in step.chunks] == [8]
