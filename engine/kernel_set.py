@@ -1,38 +1,77 @@
-"""Which kernels a device gets. Every set has the functions of `kernels/reference.py`, with its signatures."""
+"""Which kernels a device gets: one object with the functions of `kernels/reference.py`, and its own products.
+
+    cuda   Triton (kernels/gpu)
+    cpu    C++ (kernels/cpu) for what it has and the dtype takes; plain torch where no library can be built
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+
 
 import torch
 from torch import Tensor
 
+from tokenmill.kernels import reference
 
-class KernelSet(Protocol):
-    """The functions that the engine calls; shapes and meaning stand in `kernels/reference.py`."""
-
-    def store_kv(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
-
-    def paged_attention(self, *args: Any, **kwargs: Any) -> Tensor: ...
-
-    def copy_blocks(self, k_cache: Tensor, v_cache: Tensor, source: Tensor, target: Tensor) -> None: ...
-
-    def apply_logit_bias(self, logits: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None: ...
-
-    def apply_penalties(self, *args: Any) -> None: ...
-
-    def sample(self, *args: Any) -> Tensor: ...
-
-    def token_logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]: ...
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""x [T, in], residual [T, out] or None → x @ weight.T (+ bias) (+ residual): [T, out]."""
+Lookup = Callable[[Tensor], Tensor]
+"""ids [T] int64 → rows [T, hidden] of the embedding."""
 
 
-def select_kernels(device: torch.device) -> KernelSet:
-    """The fastest kernels that work on `device`."""
-    from tokenmill.kernels import reference
+class ReferenceKernels:
+    """Plain torch on any device; the base of the faster sets, which replace what they do better."""
 
-    return _as_set(reference)
+    name = "torch"
+
+    store_kv = staticmethod(reference.store_kv)
+    paged_attention = staticmethod(reference.paged_attention)
+    copy_blocks = staticmethod(reference.copy_blocks)
+    rope_store = staticmethod(reference.rope_store)
+    rms_norm = staticmethod(reference.rms_norm)
+    layer_norm = staticmethod(reference.layer_norm)
+    activate = staticmethod(reference.activate)
+    apply_logit_bias = staticmethod(reference.apply_logit_bias)
+    apply_penalties = staticmethod(reference.apply_penalties)
+    apply_bitmask = staticmethod(reference.apply_bitmask)
+    sample: Callable[..., Tensor] = staticmethod(reference.sample)
+    token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(reference.token_logprobs)
+
+    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+        """One product over the rows of all `weights`; `gate`: they are gate and up rows, act(gate) * up results."""
+        weight, bias = join(weights), join_biases(weights, biases)
+        if gate is None:
+            return lambda x, residual: reference.linear(x, weight, bias, residual)
+        activation = gate
+
+        def gated(x: Tensor, residual: Tensor | None) -> Tensor:
+            out = reference.activation_mul(reference.linear(x, weight, bias), activation)
+            return out if residual is None else residual + out
+
+        return gated
+
+    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
+        """Look-up of rows; `head` is the product over the same weight where the two are tied."""
+        return lambda ids: weight[ids]
 
 
-def _as_set(module: ModuleType) -> KernelSet:
-    return cast(KernelSet, module)
+def join(weights: list[Tensor]) -> Tensor:
+    """One weight of all rows."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def join_biases(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
+    """One bias of all rows, zeros where a part has none; None if none has."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    )
+
+
+def select_kernels(device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
+    """The fastest kernels that work on `device` with `dtype`."""
+    return ReferenceKernels()
+
+

@@ -1,7 +1,7 @@
 """The only forward pass: one step's tokens through the model, then the sampler.
 
-    launch(step)   prepare inputs ─▶ forward ─▶ logits of the rows that need them ─▶ sample      (asynchronous on a GPU)
-    collect(run)   wait, and read what was drawn
+launch(step)   prepare inputs ─▶ forward ─▶ logits of the rows that need them ─▶ sample      (asynchronous on a GPU)
+collect(run)   wait, and read what was drawn
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenmill.engine import attention, kv_cache
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
-from tokenmill.engine.kernel_set import KernelSet, select_kernels
+from tokenmill.engine.kernel_set import select_kernels
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
@@ -61,7 +61,7 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.device = model.device
-        self.kernels: KernelSet = select_kernels(model.device)
+        self.kernels = select_kernels(model.device, model.dtype)
         self.phases: dict[str, float] = defaultdict(float)
         layers = attention.probe_layers(model.module)
         num_blocks = kv_cache.count_blocks(config, layers, model.dtype, model.device, model.max_context)

@@ -263,9 +263,63 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 def activation_mul(gate_up: Tensor, activation: str) -> Tensor:
     """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu or gelu_tanh."""
     gate, up = gate_up.float().chunk(2, dim=-1)
+    return (activate(gate, activation) * up).to(gate_up.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the last dimension in float32; result in x's dtype."""
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (wide if bias is None else wide + bias.float()).to(x.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """silu, gelu or gelu_tanh of x, computed in float32."""
+    wide = x.float()
     if activation == "silu":
-        gate = torch.nn.functional.silu(gate)
-    else:
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        gate = torch.nn.functional.gelu(gate, approximate=approximate)
-    return (gate * up).to(gate_up.dtype)
+        return torch.nn.functional.silu(wide).to(x.dtype)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(wide, approximate=approximate).to(x.dtype)
+
+
+def rope_store(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    heads: int,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Norm, RoPE and KV store of qkv [T, H*D + G*D + G*E] in one pass; returns the queries [T, H, D].
+
+    `cos`, `sin` are tables [context, W] float32 read at `positions` [T] int64, or rows [T, W] when that is None;
+    without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it.
+    """
+    kv_heads, size, value_size = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
+    query, key, value = qkv.split([heads * size, kv_heads * size, kv_heads * value_size], dim=-1)
+    query, key = query.unflatten(-1, (heads, size)), key.unflatten(-1, (kv_heads, size))
+    if q_weight is not None:
+        query = rms_norm(query, q_weight, eps, norm_offset)
+    if k_weight is not None:
+        key = rms_norm(key, k_weight, eps, norm_offset)
+    if cos is not None and sin is not None:
+        if positions is not None:
+            cos, sin = cos[positions], sin[positions]
+        query, key = rope(query, cos, sin, interleaved), rope(key, cos, sin, interleaved)
+    store_kv(key, value.unflatten(-1, (kv_heads, value_size)), k_cache, v_cache, slots)
+    return query
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, plus bias [out], plus residual [T, out]."""
+    out = torch.nn.functional.linear(x, weight, bias)
+    return out if residual is None else residual + out

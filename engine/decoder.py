@@ -1,0 +1,187 @@
+"""The fused decoder: a model that `decoder_spec` understands, run by a handful of kernels a layer.
+
+    norm ▶ qkv product ▶ RoPE + KV store ▶ paged attention ▶ out product (+ residual)
+    norm ▶ gate and up product (activation·mul) ▶ down product (+ residual)
+
+Every device runs this file; what differs is the kernels. The weights are handed to the kernels' own packing one
+product at a time, and the module's copy is dropped at once, so that they are held once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.engine import decoder_spec as spec
+from tokenmill.engine.attention import AttentionMetadata
+from tokenmill.engine.kernel_set import Product, ReferenceKernels
+
+Normalize = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class _Block:
+    """One layer, bound to its kernels."""
+
+    layer: spec.Layer
+    attention_in: Normalize
+    attention_out: Normalize | None
+    mlp_in: Normalize
+    mlp_out: Normalize | None
+    qkv: Product
+    out: Product
+    up: Product
+    down: Product
+
+
+class Decoder:
+    """Logits of a step's tokens. Takes the weights out of `model` as it goes."""
+
+    def __init__(self, model: spec.DecoderSpec, kernels: ReferenceKernels) -> None:
+        self._kernels = kernels
+        self._spec = model
+        tied = model.head.weight is model.embedding
+        self._head = kernels.make_linear([model.head.weight], [model.head.bias], None)
+        self._embed = kernels.make_embedding(model.embedding, self._head if tied else None)
+        self._dtype = model.embedding.dtype
+        _drop(model.head, model)
+        self._norm = self._normalize(model.norm)
+        self._blocks = [self._block(layer) for layer in model.layers]
+
+    def _block(self, layer: spec.Layer) -> _Block:
+        attention, mlp = layer.attention, layer.mlp
+        make = self._kernels.make_linear
+        gate = mlp.activation if mlp.gated else None
+        block = _Block(
+            layer,
+            attention_in=self._normalize(layer.attention_in),
+            attention_out=self._normalize(layer.attention_out) if layer.attention_out else None,
+            mlp_in=self._normalize(layer.mlp_in),
+            mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
+            qkv=make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None),
+            out=make([attention.out.weight], [attention.out.bias], None),
+            up=make([x.weight for x in mlp.gate_up], [x.bias for x in mlp.gate_up], gate),
+            down=make([mlp.down.weight], [mlp.down.bias], None),
+        )
+        _drop(*attention.qkv, attention.out, *mlp.gate_up, mlp.down)
+        return block
+
+    def _normalize(self, norm: spec.Norm | None) -> Normalize:
+        if norm is None:
+            return lambda x: x
+        kernels, weight, eps = self._kernels, norm.weight, norm.eps
+        if norm.mean:
+            return lambda x: kernels.layer_norm(x, weight, norm.bias, eps)
+        return lambda x: kernels.rms_norm(x, weight, eps, norm.offset)
+
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None
+    ) -> Tensor:
+        """Logits [N, V] of tokens [T] at `positions` [T], at rows `logits_index` [N] or all."""
+        model = self._spec
+        x = self._embed(input_ids)
+        if model.embed_scale != 1.0:
+            x = x * model.embed_scale
+        angles = [(rope.cos[positions], rope.sin[positions]) for rope in model.ropes]
+        for index, block in enumerate(self._blocks):
+            x = self._layer(block, x, index, angles, metadata)
+        if logits_index is not None:
+            x = x[logits_index]
+        logits = self._head(self._norm(x), None)
+        if model.logit_scale != 1.0:
+            logits = logits * model.logit_scale
+        if model.logit_softcap > 0:
+            logits = model.logit_softcap * torch.tanh(logits / model.logit_softcap)
+        return logits
+
+    def _layer(
+        self,
+        block: _Block,
+        x: Tensor,
+        index: int,
+        angles: list[tuple[Tensor, Tensor]],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        normed = block.attention_in(x)
+        mixed = self._attend(block, normed, index, angles, metadata)
+        if block.layer.parallel:
+            x = block.out(mixed, x)
+            return self._feed(block, normed, x)
+        x = self._add(block.out, mixed, x, block.attention_out)
+        return self._feed(block, block.mlp_in(x), x)
+
+    def _attend(
+        self,
+        block: _Block,
+        normed: Tensor,
+        index: int,
+        angles: list[tuple[Tensor, Tensor]],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        attention = block.layer.attention
+        k_cache, v_cache = metadata.caches[index]
+        cos, sin = (None, None) if attention.rope is None else angles[attention.rope]
+        qkv, q_norm, k_norm = block.qkv(normed, None), attention.q_norm, attention.k_norm
+        if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attention.head_size:
+            qkv, q_norm, k_norm = self._norm_whole(qkv, q_norm, k_norm), None, None
+        query = self._kernels.rope_store(
+            qkv,
+            cos,
+            sin,
+            metadata.slots,
+            k_cache,
+            v_cache,
+            heads=attention.heads,
+            q_weight=None if q_norm is None else q_norm.weight,
+            k_weight=None if k_norm is None else k_norm.weight,
+            eps=1e-6 if q_norm is None else q_norm.eps,
+            norm_offset=0.0 if q_norm is None else q_norm.offset,
+            interleaved=attention.rope is not None and self._spec.ropes[attention.rope].interleaved,
+        )
+        out = self._kernels.paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+            sinks=attention.sinks,
+        )
+        return out.flatten(1)
+
+    def _norm_whole(self, qkv: Tensor, q_norm: spec.Norm, k_norm: spec.Norm) -> Tensor:
+        """Norms over all heads together (OLMo 2), which the fused pass doesn't know."""
+        query, key = q_norm.weight.numel(), k_norm.weight.numel()
+        parts = qkv.split([query, key, qkv.shape[1] - query - key], dim=-1)
+        normed = [self._normalize(norm)(part.contiguous()) for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))]
+        return torch.cat([*normed, parts[2]], dim=-1)
+
+    def _feed(self, block: _Block, normed: Tensor, x: Tensor) -> Tensor:
+        hidden = block.up(normed, None)
+        if not block.layer.mlp.gated:
+            hidden = self._kernels.activate(hidden, block.layer.mlp.activation)
+        return self._add(block.down, hidden, x, block.mlp_out)
+
+    def _add(self, product: Product, hidden: Tensor, x: Tensor, norm: Normalize | None) -> Tensor:
+        scale = self._spec.residual_scale
+        if norm is None and scale == 1.0:
+            return product(hidden, x)
+        out = product(hidden, None)
+        if norm is not None:
+            out = norm(out)
+        return x + out * scale if scale != 1.0 else x + out
+
+
+def _drop(*parts: spec.Linear | spec.DecoderSpec) -> None:
+    """Let go of weights that the kernels have taken over."""
+    for part in parts:
+        if isinstance(part, spec.Linear):
+            part.weight = part.weight.new_empty(0)
+        else:
+            part.embedding = part.embedding.new_empty(0)
