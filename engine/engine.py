@@ -10,6 +10,7 @@ are tried alone, so that only the one that raises again is failed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -19,14 +20,19 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import Add, Delta, FinishReason, PromptLogprobs, Ready, Stats
-from tokenmill.engine.model_runner import Draw, ModelRunner, Run
+from tokenmill.engine.model_runner import Draw, ModelRunner, Result, Run
+from tokenmill.engine.ngram_proposer import MATCH, Proposer
 from tokenmill.engine.request import Sequence, Status, make_sequences
 from tokenmill.engine.sampling_params import random_seed
-from tokenmill.engine.scheduler import Scheduler, Step
+from tokenmill.engine.scheduler import Chunk, Scheduler, Step
 
+logger = logging.getLogger("tokenmill.engine")
 CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
 SMALLEST_BATCH_TOKENS = 16
+CPU_DRAFT_ROWS = 16
+MOST_IDLE_STEPS = 1000
+GPU_DRAFT_ROWS = 64
 
 
 class InvalidRequest(ValueError):
@@ -53,11 +59,12 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
             score_tokens=self.runner.score_tokens,
             prefix_cache=config.kv_cache.prefix_cache,
+            draft_rows=GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS,
         )
         self._requests: dict[int, list[Sequence]] = {}
         self._in_flight: Run | None = None
         self._deltas: list[Delta] = []
-        self._arrivals = 0
+        self._arrivals = self._idle_steps = 0
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self.load_seconds = time.perf_counter() - began
 
@@ -68,9 +75,7 @@ class Engine:
         self._validate(message)
         params = message.params
         seed = random_seed() if params.seed is None else params.seed
-        first = make_sequences(
-            message.request, message.prompt, params, seed, self._arrivals, message.priority, message.cache_salt
-        )
+        first = make_sequences(message, seed, self._arrivals, ngram=self.config.speculation_ngram)
         self._arrivals += 1
         self._requests[message.request] = [first, *first.children]
         self.scheduler.add(first)
@@ -110,59 +115,94 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run the loop once; returns the news since the last call."""
+        began = time.perf_counter()
+        step = self.scheduler.schedule()
+        self.runner.phases["schedule"] += time.perf_counter() - began
         run: Run | None = None
-        step = Step()
+        result: Result | None = None
         try:
-            began = time.perf_counter()
-            step = self.scheduler.schedule()
-            self.runner.phases["schedule"] += time.perf_counter() - began
             run = self.runner.launch(step) if step.chunks else None
             if self.overlap and not self.scheduler.suspects:
                 run, self._in_flight = self._in_flight, run
-            if run is not None:
-                self._collect(run)
+            result = None if run is None else self.runner.collect(run)
         except Exception as error:
             self._recover(error, run, step)
+        if run is not None and result is not None:
+            self._record_all(run, result)
+        self._require_progress(step, run)
         self._steps += 1
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _collect(self, run: Run) -> None:
-        result = self.runner.collect(run)
+    def _require_progress(self, step: Step, run: Run | None) -> None:
+        """A loop that goes round without work is a bug of ours: better a crash and a restart than a hang."""
+        idle = not step.chunks and run is None and self._in_flight is None and self.scheduler.has_work
+        self._idle_steps = self._idle_steps + 1 if idle else 0
+        if self._idle_steps > MOST_IDLE_STEPS:
+            raise RuntimeError("the scheduler has work and schedules none of it")
+
+    def _record_all(self, run: Run, result: Result) -> None:
+        """Give each sequence of a step what was drawn for it, and send word of it."""
         began = time.perf_counter()
         for sequence, scores in result.scores:
             if sequence.status is not Status.FINISHED:
                 self._deliver_scores(sequence, scores)
-        bad = {id(draw.sequence) for draw in result.draws if draw.bad}
+        draws = iter(result.draws)
         for chunk in run.step.chunks:
-            sequence, stop = chunk.sequence, chunk.start + chunk.count
+            sequence, stop = chunk.sequence, chunk.start + chunk.count - len(chunk.drafts)
+            drawn = [[next(draws) for _ in range(1 + len(chunk.drafts))] for _ in chunk.samplers]
             self._prompt_tokens += max(0, min(stop, len(sequence.prompt)) - chunk.start)
-            if id(sequence) not in bad:
+            if not (drawn and any(draw.bad for draw in drawn[0])):
                 self.scheduler.commit(sequence, stop)
             if stop == len(sequence.prompt) and sequence.params.max_tokens == 0:
                 self._end(sequence, "length")
-        for draw in result.draws:
-            if draw.sequence.status is not Status.FINISHED:
-                self._record(draw)
+            for sampler, own in zip(chunk.samplers, drawn, strict=True):
+                if sampler.status is not Status.FINISHED:
+                    self._record(sampler, own if not chunk.drafts else self._verify(chunk, own))
         self.runner.phases["deliver"] += time.perf_counter() - began
 
-    def _record(self, draw: Draw) -> None:
-        sequence = draw.sequence
-        if draw.bad:
+    def _verify(self, chunk: Chunk, draws: list[Draw]) -> list[Draw]:
+        """The draws that count: each one whose drafts before it were all drawn too."""
+        accepted = 0
+        while accepted < len(chunk.drafts) and draws[accepted].token == chunk.drafts[accepted]:
+            accepted += 1
+        self.scheduler.settle(chunk, accepted)
+        return draws[: accepted + 1]
+
+    def _record(self, sequence: Sequence, draws: list[Draw]) -> None:
+        if any(draw.bad for draw in draws):
             self._fail(sequence, "the model produced no finite logits")
             return
-        self.scheduler.append(sequence, draw.token)
         self.scheduler.cleared(sequence)
-        self._generated_tokens += 1
-        reason = self._reason_to_stop(sequence, draw.token)
-        delta = Delta(sequence.request, sequence.choice, [draw.token], finish=reason)
-        if draw.logprob is not None and draw.top is not None:
-            delta.logprobs, delta.top = [draw.logprob], [draw.top]
-        if reason == "stop":
-            delta.stop_token = draw.token
+        delta = Delta(sequence.request, sequence.choice, [])
+        for draw in draws:
+            self.scheduler.append(sequence, draw.token)
+            delta.token_ids.append(draw.token)
+            if draw.logprob is not None and draw.top is not None:
+                delta.logprobs = [*(delta.logprobs or ()), draw.logprob]
+                delta.top = [*(delta.top or ()), draw.top]
+            delta.finish = self._reason_to_stop(sequence, draw.token)
+            if delta.finish is not None:
+                break
+        self._generated_tokens += len(delta.token_ids)
+        if delta.finish == "stop":
+            delta.stop_token = delta.token_ids[-1]
+        if sequence.proposer is not None:
+            self._teach(sequence, sequence.proposer, delta)
         self._send(sequence, delta)
-        if reason is not None:
-            self._finish(sequence, reason)
+        if delta.finish is not None:
+            self._finish(sequence, delta.finish)
+
+    def _teach(self, sequence: Sequence, proposer: Proposer, delta: Delta) -> None:
+        """Tell the proposer and the counters what became of the drafts."""
+        new, total = len(delta.token_ids), sequence.num_tokens - sequence.pending
+        proposer.extend(sequence.tokens(max(0, total - new - MATCH), total), new)
+        delta.accepted_drafts, delta.rejected_drafts = sequence.accepted_drafts, sequence.rejected_drafts
+        if sequence.accepted_drafts + sequence.rejected_drafts:
+            proposer.feedback(sequence.accepted_drafts + sequence.rejected_drafts, sequence.accepted_drafts)
+            sequence.accepted_drafts = sequence.rejected_drafts = 0
+            if sequence.slot >= 0:
+                self.runner.sampler.count(sequence.slot, delta.token_ids)
 
     def _reason_to_stop(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
@@ -212,6 +252,7 @@ class Engine:
         """Undo the steps under way; fail a sequence that raised alone, try the others one by one."""
         if isinstance(error, torch.AcceleratorError):
             raise error
+        logger.error("a step failed", exc_info=error)
         alone = self.scheduler.suspects[0] if self.scheduler.suspects else None
         steps = [step] + [other.step for other in (run, self._in_flight) if other is not None]
         self._in_flight = None

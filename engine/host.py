@@ -30,8 +30,8 @@ from tokenmill.engine.messages import (
     Delta,
     Drain,
     FromEngine,
-    Loading,
     LoadFailed,
+    Loading,
     Outputs,
     Start,
     ToEngine,
@@ -97,7 +97,10 @@ def merge(first: Delta, second: Delta) -> None:
     if second.logprobs is not None and second.top is not None:
         first.logprobs = (first.logprobs or []) + second.logprobs
         first.top = (first.top or []) + second.top
-    first.finish, first.stop_token, first.error = second.finish, second.stop_token, second.error
+    first.finish, first.stop_token = second.finish, second.stop_token
+    first.error, first.invalid = second.error, second.invalid
+    first.accepted_drafts += second.accepted_drafts
+    first.rejected_drafts += second.rejected_drafts
     if second.cached_tokens is not None:
         first.cached_tokens = second.cached_tokens
     scores, more = first.prompt_logprobs, second.prompt_logprobs
@@ -189,7 +192,7 @@ class Host:
             engine.add(message)
         except InvalidRequest as error:
             failed = [
-                Delta(message.request, choice, [], finish="error", error=str(error))
+                Delta(message.request, choice, [], finish="error", error=str(error), invalid=True)
                 for choice in range(message.params.candidates)
             ]
             self._outbox.put_deltas(failed)

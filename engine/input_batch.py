@@ -1,8 +1,8 @@
 """Persistent rows of the running sequences, and the flat tensors of one step made from them.
 
-    slot   0  1  2  …            one row a running sequence; written when it starts, blocks appended as it grows
-    step   [chunk of slot 2][decode of slot 0][decode of slot 1]      T tokens, one sequence after the other
-             logits rows:  [scored prompt positions …][one row a sampler]
+slot   0  1  2  …            one row a running sequence; written when it starts, blocks appended as it grows
+step   [chunk of slot 2][decode of slot 0][decode of slot 1]      T tokens, one sequence after the other
+         logits rows:  [scored prompt positions …][one row a sampler]
 """
 
 from __future__ import annotations
@@ -29,6 +29,20 @@ class ScoredPart:
 
 
 @dataclass(slots=True)
+class SampleRow:
+    """One row of logits that a token is drawn from, after `generated` tokens of its output.
+
+    `after` are the drafts before it in this step, which count as generated; `verifies`: the sequence has drafts
+    in this step, so whether this row's token is kept is decided when all of them are known.
+    """
+
+    sequence: Sequence
+    generated: int
+    after: list[int]
+    verifies: bool
+
+
+@dataclass(slots=True)
 class StepInputs:
     """One step on the device. T tokens, R chunks, S scored rows followed by N sampler rows of logits."""
 
@@ -42,7 +56,7 @@ class StepInputs:
     carried: tuple[Tensor, Tensor] | None  # (places in input_ids, rows of the last tokens)
     scored: list[ScoredPart]
     targets: Tensor  # [S] int64: the prompt token that each scored row predicts
-    samplers: list[Sequence]
+    samplers: list[SampleRow]
     rows: NDArray[np.int64]  # [N]: the samplers' slots
     generated: Tensor  # [N] int64: how many tokens each sampler drew before
     copies: tuple[Tensor, Tensor] | None  # (source, target) blocks
@@ -95,8 +109,7 @@ class InputBatch:
         slots += positions % self.block_size
         ids, carried = self._tokens(chunks, query_start, total)
         scored, scored_rows, targets = self._scored(chunks, query_start)
-        samplers = [sequence for chunk in chunks for sequence in chunk.samplers]
-        last = np.repeat(query_start[1:] - 1, [len(chunk.samplers) for chunk in chunks])
+        samplers, last = self._samplers(chunks, query_start)
         return StepInputs(
             input_ids=self._to_device(ids),
             positions=self._to_device(positions),
@@ -109,8 +122,8 @@ class InputBatch:
             scored=scored,
             targets=self._to_device(targets),
             samplers=samplers,
-            rows=np.array([sequence.slot for sequence in samplers], np.int64),
-            generated=self._to_device(np.array([s.num_generated - 1 for s in samplers], np.int64)),
+            rows=np.array([row.sequence.slot for row in samplers], np.int64),
+            generated=self._to_device(np.array([row.generated for row in samplers], np.int64)),
             copies=self._pairs(step.copies),
         )
 
@@ -132,7 +145,7 @@ class InputBatch:
         places, rows = [], []
         for chunk, at in zip(chunks, query_start.tolist(), strict=False):
             sequence = chunk.sequence
-            known = sequence.tokens(chunk.start, chunk.start + chunk.count)
+            known = sequence.tokens(chunk.start, chunk.start + chunk.count) + chunk.drafts
             ids[at : at + len(known)] = known
             if len(known) < chunk.count:
                 places.append(at + len(known))
@@ -140,6 +153,21 @@ class InputBatch:
         if not places:
             return ids, None
         return ids, (self._to_device(np.array(places)), self._to_device(np.array(rows)))
+
+    @staticmethod
+    def _samplers(
+        chunks: list[Chunk], query_start: NDArray[np.int64]
+    ) -> tuple[list[SampleRow], NDArray[np.int64]]:
+        rows: list[SampleRow] = []
+        places: list[int] = []
+        for chunk, end in zip(chunks, query_start[1:].tolist(), strict=True):
+            drafts = len(chunk.drafts)
+            for sequence in chunk.samplers:
+                generated = sequence.num_generated - 1
+                rows.append(SampleRow(sequence, generated, [], drafts > 0))
+                rows += [SampleRow(sequence, generated + i, chunk.drafts[:i], True) for i in range(1, drafts + 1)]
+                places += range(end - 1 - drafts, end)
+        return rows, np.array(places, np.int64)
 
     def _scored(
         self, chunks: list[Chunk], query_start: NDArray[np.int64]

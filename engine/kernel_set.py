@@ -75,3 +75,22 @@ def select_kernels(device: torch.device, dtype: torch.dtype) -> ReferenceKernels
     return ReferenceKernels()
 
 
+
+
+class CpuKernels(ReferenceKernels):
+    """The C++ kernels, for bfloat16 and float32."""
+
+    def __init__(self) -> None:
+        from tokenmill.kernels.cpu import linear
+
+        self.name = "cpu"
+        self._linear = linear
+
+    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+        return self._linear.PackedLinear(join(weights), join_biases(weights, biases), gate)
+
+    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
+        if isinstance(head, self._linear.PackedLinear):
+            packed, dtype = head, weight.dtype
+            return lambda ids: packed.rows(ids, dtype)
+        return super().make_embedding(weight, head)

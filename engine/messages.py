@@ -40,6 +40,8 @@ class Add(msgspec.Struct, tag=True, array_like=True):
     priority: int = 0
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    prediction: list[int] | None = None
+    """The output that the client expects; drafts are taken from it. It never changes what is generated."""
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True):
@@ -136,9 +138,13 @@ class Delta(msgspec.Struct, array_like=True):
     finish: FinishReason | None = None
     stop_token: int | None = None
     error: str | None = None
+    invalid: bool = False
+    """With `error`: the request was at fault (a grammar that can't be compiled), not the server."""
     cached_tokens: int | None = None
     """Prompt tokens that came from the prefix cache; on the first delta of a request's first choice."""
     prompt_logprobs: PromptLogprobs | None = None
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 class Outputs(msgspec.Struct, tag=True, array_like=True):

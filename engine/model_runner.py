@@ -38,9 +38,8 @@ class Run:
 
 @dataclass(slots=True)
 class Draw:
-    """One token that was drawn for a sequence."""
+    """One token that was drawn from a row of logits."""
 
-    sequence: Sequence
     token: int
     bad: bool
     logprob: float | None
@@ -49,7 +48,7 @@ class Draw:
 
 @dataclass(slots=True)
 class Result:
-    """What a step brought, on the host."""
+    """What a step brought, on the host: a draw for each of `StepInputs.samplers`, and prompt scores."""
 
     draws: list[Draw]
     scores: list[tuple[Sequence, PromptLogprobs]]
@@ -120,12 +119,9 @@ class ModelRunner:
         if sampled is None:
             return Result([], [])
         tokens, bad = sampled.tokens.tolist(), sampled.bad.tolist()
-        draws = [
-            Draw(sequence, token, wrong, None, None)
-            for sequence, token, wrong in zip(inputs.samplers, tokens, bad, strict=True)
-        ]
+        draws = [Draw(token, wrong, None, None) for token, wrong in zip(tokens, bad, strict=True)]
         if sampled.logprobs is not None:
-            wanted = [inputs.samplers[i].params.logprobs or 0 for i in sampled.logprob_rows]
+            wanted = [inputs.samplers[i].sequence.params.logprobs or 0 for i in sampled.logprob_rows]
             values, tops = _to_host(sampled.logprobs, wanted)
             for i, value, top in zip(sampled.logprob_rows, values, tops, strict=True):
                 draws[i].logprob, draws[i].top = value, top

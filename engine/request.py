@@ -1,8 +1,8 @@
 """A request and its sequences: what is known of each token, and what the cache already holds.
 
-    prompt | output | pending        tokens, in order; pending ones are being sampled and not yet known here
-    ───────────┤                     num_computed: keys and values of that many are in the cache, or will be
-               └ decode: exactly one token is uncomputed          once the launched steps have run
+prompt | output | pending        tokens, in order; pending ones are being sampled and not yet known here
+───────────┤                     num_computed: keys and values of that many are in the cache, or will be
+           └ decode: exactly one token is uncomputed          once the launched steps have run
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from tokenmill.engine.messages import FinishReason
+from tokenmill.engine.messages import Add, FinishReason
+from tokenmill.engine.ngram_proposer import Proposer
 from tokenmill.engine.sampling_params import SamplingParams, derive_seed
 
 
@@ -52,6 +53,11 @@ class Sequence:
     """Whether `cached_tokens` was delivered."""
     prompt_scored: int = 1
     """Prompt positions below this have had their log-probabilities delivered."""
+    proposer: Proposer | None = None
+    verifying: bool = False
+    """A step with drafts is under way; nothing more can be scheduled before its outcome is known."""
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
     finish: FinishReason | None = None
     preemptions: int = 0
 
@@ -99,13 +105,27 @@ class Sequence:
         return self.prompt[start:] + self.output[: stop - border]
 
 
-def make_sequences(
-    request: int, prompt: list[int], params: SamplingParams, seed: int, arrival: int, priority: int, salt: str
-) -> Sequence:
-    """The first choice of a request, with its other choices as children; each draws from its own stream."""
+def make_sequences(message: Add, seed: int, arrival: int, *, ngram: bool = False) -> Sequence:
+    """The first choice of a request, with its other choices as children; each draws from its own stream.
+
+    `ngram`: draft from the request's own text where it brings no prediction.
+    """
+    params, prompt = message.params, message.prompt
     choices = [
-        Sequence(request, i, prompt, params, derive_seed(seed, i), arrival, priority, salt)
-        for i in range(params.candidates)
+        Sequence(
+            message.request,
+            choice,
+            prompt,
+            params,
+            derive_seed(seed, choice),
+            arrival,
+            message.priority,
+            message.cache_salt,
+        )
+        for choice in range(params.candidates)
     ]
+    if message.prediction is not None or ngram:
+        for sequence in choices:
+            sequence.proposer = Proposer(message.prediction, prompt)
     choices[0].children = choices[1:]
     return choices[0]

@@ -103,10 +103,10 @@ class Sampler:
         work = self._adjust(raw, inputs)
         tokens = self._draw(work, inputs)
         bad = ~torch.isfinite(work.amax(-1)) if len(work) else torch.zeros(0, dtype=torch.bool)
-        rows = [i for i, s in enumerate(inputs.samplers) if s.params.scored]
+        rows = [i for i, row in enumerate(inputs.samplers) if row.sequence.params.scored]
         logprobs = None
         if rows:
-            top = max(inputs.samplers[i].params.logprobs or 0 for i in rows)
+            top = max(inputs.samplers[i].sequence.params.logprobs or 0 for i in rows)
             index = torch.tensor(rows, device=self._device)
             logprobs = self._score(raw[index], tokens[index], top)
         self._remember(tokens, inputs)
@@ -125,19 +125,33 @@ class Sampler:
         if bias is not None:
             self._kernels.apply_logit_bias(work, *bias)
         if penalized.any():
-            rows = inputs.rows
-            self._kernels.apply_penalties(
-                work,
-                self._put(np.where(penalized, rows, -1)),
-                self._counts,
-                self._prompt_seen,
-                self._put(self._batch.repetition[rows]),
-                self._put(self._batch.presence[rows]),
-                self._put(self._batch.frequency[rows]),
-            )
+            self._penalize(work, inputs, penalized)
         if held_back is not None:
             self._kernels.apply_logit_bias(work, *held_back)
         return work
+
+    def _penalize(self, work: Tensor, inputs: StepInputs, penalized: NDArray[np.bool_]) -> None:
+        assert self._counts is not None
+        assert self._prompt_seen is not None
+        drafted = [i for i, row in enumerate(inputs.samplers) if row.after and penalized[i]]
+        lines = np.where(penalized, inputs.rows, -1)
+        lines[drafted] = -1
+        settings = [
+            self._put(values[inputs.rows])
+            for values in (self._batch.repetition, self._batch.presence, self._batch.frequency)
+        ]
+        self._kernels.apply_penalties(work, self._put(lines), self._counts, self._prompt_seen, *settings)
+        if drafted:
+            slots = self._put(inputs.rows[drafted])
+            counts = self._counts[slots]
+            for line, i in enumerate(drafted):
+                after = torch.tensor(inputs.samplers[i].after, device=self._device)
+                counts[line] += torch.bincount(after, minlength=self._width).int()
+            lines[:] = -1
+            lines[drafted] = np.arange(len(drafted))
+            self._kernels.apply_penalties(
+                work, self._put(lines), counts, self._prompt_seen[slots], *settings
+            )
 
     def _draw(self, work: Tensor, inputs: StepInputs) -> Tensor:
         batch, rows = self._batch, inputs.rows
@@ -164,9 +178,10 @@ class Sampler:
         """-inf for the ends of those rows that haven't reached their min_tokens."""
         rows: list[int] = []
         tokens: list[int] = []
-        for i, sequence in enumerate(inputs.samplers):
-            if sequence.num_generated - 1 < sequence.params.min_tokens:
-                ends = {*self._eos_ids, *sequence.params.stop_token_ids}
+        for i, row in enumerate(inputs.samplers):
+            params = row.sequence.params
+            if row.generated < params.min_tokens:
+                ends = {*self._eos_ids, *params.stop_token_ids}
                 rows += [i] * len(ends)
                 tokens += ends
         if not rows:
@@ -181,10 +196,18 @@ class Sampler:
         rows = self._put(inputs.rows)
         self.last_tokens[rows] = tokens
         if self._counts is not None:
-            penalized = self._batch.penalized[inputs.rows]
-            if penalized.any():
-                chosen = self._put(np.flatnonzero(penalized))
+            verified = np.array([row.verifies for row in inputs.samplers], np.bool_)
+            counted = self._batch.penalized[inputs.rows] & ~verified
+            if counted.any():
+                chosen = self._put(np.flatnonzero(counted))
                 self._counts[rows[chosen], tokens[chosen]] += 1
+
+    @torch.inference_mode()
+    def count(self, slot: int, tokens: list[int]) -> None:
+        """Count tokens of a slot that drafts brought, which `sample` leaves until they are verified."""
+        if self._counts is not None and self._batch.penalized[slot]:
+            new = torch.tensor(tokens, device=self._device)
+            self._counts[slot] += torch.bincount(new, minlength=self._width).int()
 
     def _put(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

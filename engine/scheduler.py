@@ -26,12 +26,14 @@ class Chunk:
 
     `samplers` are the sequences that draw a token from the logits of its last position: none for a chunk that
     ends inside the prompt, the sequence itself, and on the first time the children that forked from it.
+    `drafts` are guessed tokens at the end of the chunk: the sequence then draws after each of them too.
     """
 
     sequence: Sequence
     start: int
     count: int
     samplers: list[Sequence] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -55,13 +57,24 @@ class Scheduler:
     """Owns the queues, the slots and, through the pool, the blocks."""
 
     def __init__(
-        self, pool: BlockPool, *, max_batch: int, max_batch_tokens: int, score_tokens: int, prefix_cache: bool
+        self,
+        pool: BlockPool,
+        *,
+        max_batch: int,
+        max_batch_tokens: int,
+        score_tokens: int,
+        prefix_cache: bool,
+        draft_rows: int = 0,
     ) -> None:
-        """`score_tokens`: most prompt positions a step that are scored, so that logits stay bounded."""
+        """`score_tokens`: most prompt positions a step that are scored, so that logits stay bounded.
+
+        `draft_rows`: decode rows up to which a row more costs next to nothing, so that drafts may use them.
+        """
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.score_tokens = score_tokens
         self.prefix_cache = prefix_cache
+        self.draft_rows = draft_rows
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.suspects: list[Sequence] = []
@@ -107,14 +120,40 @@ class Scheduler:
         for sequence in list(self.running):
             if budget == 0:
                 break
-            if sequence.status is not Status.RUNNING or sequence.uncomputed != 1 or not sequence.num_generated:
+            if (
+                sequence.status is not Status.RUNNING
+                or sequence.uncomputed != 1
+                or not sequence.num_generated
+            ):
                 continue
-            if not sequence.wants_token:
+            if sequence.verifying or not sequence.wants_token:
                 continue
             if self._grow(sequence, 1, step):
-                self._add_chunk(step, sequence, 1)
-                budget -= 1
+                budget -= self._add_decode(step, sequence, budget)
         return budget
+
+    def _add_decode(self, step: Step, sequence: Sequence, budget: int) -> int:
+        drafts = self._drafts(step, sequence, budget - 1)
+        chunk = Chunk(sequence, sequence.num_computed, 1 + len(drafts), [sequence], drafts)
+        step.chunks.append(chunk)
+        sequence.num_computed += chunk.count
+        sequence.pending += 1
+        sequence.verifying = bool(drafts)
+        return chunk.count
+
+    def _drafts(self, step: Step, sequence: Sequence, budget: int) -> list[int]:
+        """Tokens to guess for a decode: as many as rows, blocks and lengths leave room for."""
+        if sequence.proposer is None or sequence.pending:
+            return []
+        rows = self.draft_rows - max(step.num_tokens + 1, len(self.running))
+        left = sequence.params.max_tokens - sequence.num_generated - 1
+        drafts = sequence.proposer.propose(min(rows, left, budget))
+        needed = self.pool.blocks_for(sequence.num_computed + 1 + len(drafts)) - len(sequence.blocks)
+        blocks = self.pool.allocate(max(0, needed)) if drafts else []
+        if blocks is None:
+            return []
+        sequence.blocks += blocks
+        return drafts
 
     def _schedule_prefills(self, step: Step, budget: int) -> int:
         scheduled = {id(chunk.sequence) for chunk in step.chunks}
@@ -257,6 +296,16 @@ class Scheduler:
         sequence.pending -= 1
         sequence.output.append(token)
 
+    def settle(self, chunk: Chunk, accepted: int) -> None:
+        """So many of a chunk's drafts were right; what the cache holds of the others will be overwritten."""
+        sequence = chunk.sequence
+        sequence.verifying = False
+        sequence.pending += accepted
+        sequence.accepted_drafts += accepted
+        sequence.rejected_drafts += len(chunk.drafts) - accepted
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed -= len(chunk.drafts) - accepted
+
     def commit(self, sequence: Sequence, computed: int) -> None:
         """Name the blocks among the first `computed` tokens, whose step has run, so that others can share them."""
         if not self.prefix_cache or sequence.status is not Status.RUNNING:
@@ -290,6 +339,7 @@ class Scheduler:
             for sequence in {id(s): s for s in [chunk.sequence, *chunk.samplers]}.values():
                 if sequence in chunk.samplers:
                     sequence.pending -= 1
+                sequence.verifying = False
                 sequence.prompt_scored = min(sequence.prompt_scored, chunk.start + 1)
                 if sequence.status is Status.RUNNING:
                     self.pool.discard(sequence.blocks)
@@ -309,9 +359,13 @@ class Scheduler:
         assert len(set(slots)) == len(slots), "two sequences share a slot"
         assert not set(slots) & set(self._slots), "a used slot counts as free"
         assert all(s.status is Status.RUNNING for s in self.running), "status of a running sequence"
-        assert all(s.status is Status.WAITING and not s.blocks for s in self.waiting), "a waiting one holds blocks"
+        assert all(s.status is Status.WAITING and not s.blocks for s in self.waiting), (
+            "a waiting one holds blocks"
+        )
         assert self.waiting == sorted(self.waiting, key=lambda s: s.order), "waiting out of order"
         for s in self.running:
             assert s.num_computed <= len(s.blocks) * self.pool.block_size, "computed past its blocks"
-            assert s.num_computed <= s.num_tokens, "computed more tokens than there are"
-            assert s.committed * self.pool.block_size <= s.num_computed, "a block was named before it was computed"
+            assert s.verifying or s.num_computed <= s.num_tokens, "computed more tokens than there are"
+            assert s.committed * self.pool.block_size <= s.num_computed, (
+                "a block was named before it was computed"
+            )

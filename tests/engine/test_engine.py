@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.engine import Engine, InvalidRequest
 from tokenmill.engine.messages import Add, Delta
 from tokenmill.engine.tiny import make_tiny
-from torch import Tensor
 
 PROMPT = list(range(10, 40))
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -77,7 +78,7 @@ def test_bias_of_100_forces_and_of_minus_100_bans(llm: LLM) -> None:
     assert llm.generate([PROMPT], forced)[0].choices[0].token_ids == [17] * 8
     plain = llm.generate([PROMPT], GREEDY)[0].choices[0].token_ids
     banned = SamplingParams(
-        temperature=0, max_tokens=12, ignore_eos=True, logit_bias={t: -100 for t in set(plain)}
+        temperature=0, max_tokens=12, ignore_eos=True, logit_bias=dict.fromkeys(set(plain), -100)
     )
     assert not set(llm.generate([PROMPT], banned)[0].choices[0].token_ids) & set(plain)
 
@@ -85,7 +86,7 @@ def test_bias_of_100_forces_and_of_minus_100_bans(llm: LLM) -> None:
 def test_a_neighbours_bias_changes_nothing(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
     alone = llm.generate([PROMPT], params)[0].choices[0]
-    biased = SamplingParams(max_tokens=12, logit_bias={t: -50 for t in range(300)}, presence_penalty=2)
+    biased = SamplingParams(max_tokens=12, logit_bias=dict.fromkeys(range(300), -50), presence_penalty=2)
     beside = llm.generate([PROMPT, PROMPT[:5]], [params, biased])[0].choices[0]
     assert beside.token_ids == alone.token_ids
     assert beside.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
@@ -99,9 +100,7 @@ def test_eos_and_stop_ids_end_and_min_tokens_holds_them_back(llm: LLM) -> None:
     choice = llm.generate([PROMPT], params)[0].choices[0]
     assert choice.token_ids == plain[: first + 1]
     assert choice.finish_reason == "stop"
-    late = SamplingParams(
-        temperature=0, max_tokens=12, min_tokens=6, ignore_eos=True, stop_token_ids=(stop,)
-    )
+    late = SamplingParams(temperature=0, max_tokens=12, min_tokens=6, ignore_eos=True, stop_token_ids=(stop,))
     choice = llm.generate([PROMPT], late)[0].choices[0]
     assert stop not in choice.token_ids[:6]
     eos = llm.engine.model.eos_ids[0]
@@ -215,9 +214,7 @@ def test_a_step_that_raises_fails_only_who_raised(llm: LLM, overlap: bool) -> No
     engine.overlap = overlap
     expected = llm.generate([PROMPT], GREEDY)[0].choices[0].token_ids
     Saboteur(engine, 300, RuntimeError("kernel failed"))
-    news = run(
-        engine, Add(500, PROMPT, GREEDY), Add(501, [1, 300, 2], GREEDY), Add(502, PROMPT[:20], GREEDY)
-    )
+    news = run(engine, Add(500, PROMPT, GREEDY), Add(501, [1, 300, 2], GREEDY), Add(502, PROMPT[:20], GREEDY))
     assert tokens(news[500, 0]) == expected
     assert news[501, 0][-1].finish == "error"
     assert news[502, 0][-1].finish == "length"

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.messages import Add
 from tokenmill.engine.request import Sequence, Status, make_sequences
 from tokenmill.engine.sampling_params import SamplingParams
-from tokenmill.engine.scheduler import Scheduler, Step
+from tokenmill.engine.scheduler import Chunk, Scheduler, Step
 
 SIZE = 4
 
@@ -30,18 +32,18 @@ class Device:
 
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
 
-    def run(self, step: Step) -> list[tuple[Sequence, int]]:
-        """Compute a step: write the chunks' tokens, check what they attend to, sample."""
+    def run(self, step: Step) -> list[list[int]]:
+        """Compute a step: write the chunks' tokens, check what they attend to; the draws of each sampler."""
         samples = []
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            history = everything(sequence)[: chunk.start + chunk.count]
+            sequence, stop = chunk.sequence, chunk.start + chunk.count - len(chunk.drafts)
+            history = everything(sequence)[:stop] + chunk.drafts
             for position in range(chunk.start, chunk.start + chunk.count):
                 self.block(sequence, position)[position % SIZE] = history[position]
             seen = [self.block(sequence, p)[p % SIZE] for p in range(len(history))]
             assert seen == history, "the cache doesn't hold what the sequence attends to"
             for sampler in chunk.samplers:
-                samples.append((sampler, next_token(history, sampler.choice)))
+                samples.append([next_token(history[:n], sampler.choice) for n in range(stop, len(history) + 1)])
         for source, target in step.copies:
             self.blocks[target] = list(self.blocks[source])
         return samples
@@ -66,7 +68,7 @@ class Loop:
     overlap: bool
     device: Device = field(default_factory=Device)
     live: list[Sequence] = field(default_factory=list)
-    in_flight: tuple[Step, list[tuple[Sequence, int]]] | None = None
+    in_flight: tuple[Step, list[list[int]]] | None = None
 
     def add(self, sequence: Sequence) -> None:
         self.live += [sequence, *sequence.children]
@@ -88,19 +90,35 @@ class Loop:
             self.collect(*run)
         self.scheduler.check_integrity()
 
-    def collect(self, step: Step, samples: list[tuple[Sequence, int]]) -> None:
+    def collect(self, step: Step, samples: list[list[int]]) -> None:
+        draws = iter(samples)
         for chunk in step.chunks:
-            self.scheduler.commit(chunk.sequence, chunk.start + chunk.count)
+            self.scheduler.commit(chunk.sequence, chunk.start + chunk.count - len(chunk.drafts))
             if chunk.sequence.params.max_tokens == 0 and chunk.sequence.status is not Status.FINISHED:
                 if chunk.start + chunk.count == len(chunk.sequence.prompt):
                     for child in [chunk.sequence, *self.scheduler.finish(chunk.sequence, "length")]:
                         self.scheduler.finish(child, "length")
-        for sequence, token in samples:
-            if sequence.status is Status.FINISHED:
-                continue
+            for sampler in chunk.samplers:
+                tokens = next(draws)
+                if sampler.status is not Status.FINISHED:
+                    self.record(sampler, chunk, tokens)
+
+    def record(self, sequence: Sequence, chunk: Chunk, tokens: list[int]) -> None:
+        accepted = 0
+        if chunk.drafts:
+            while accepted < len(chunk.drafts) and tokens[accepted] == chunk.drafts[accepted]:
+                accepted += 1
+            self.scheduler.settle(chunk, accepted)
+        new = 0
+        for token in tokens[: accepted + 1]:
             self.scheduler.append(sequence, token)
+            new += 1
             if len(sequence.output) >= sequence.params.max_tokens or token == 13:
                 self.scheduler.finish(sequence, "length")
+                break
+        if sequence.proposer is not None:
+            sequence.proposer.extend(sequence.prompt + sequence.output, new)
+            sequence.proposer.feedback(len(chunk.drafts), accepted)
 
     def drain(self) -> None:
         for _ in range(3000):
@@ -122,17 +140,31 @@ def alone(prompt: list[int], choice: int, max_tokens: int) -> list[int]:
 
 def make_loop(blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True) -> Loop:
     pool = BlockPool(blocks, SIZE)
-    scheduler = Scheduler(
-        pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache
-    )
+    scheduler = Scheduler(pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache, draft_rows=12)
     return Loop(scheduler, overlap)
 
 
 def sequence_of(
-    number: int, prompt: list[int], max_tokens: int, n: int = 1, priority: int = 0, scored: bool = False
+    number: int,
+    prompt: list[int],
+    max_tokens: int,
+    n: int = 1,
+    priority: int = 0,
+    scored: bool = False,
+    prediction: list[int] | None = None,
 ) -> Sequence:
     params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
-    return make_sequences(number, prompt, params, 1, number, priority, "")
+    return make_sequences(Add(number, prompt, params, priority, prediction=prediction), 1, number)
+
+
+def guess(data: st.DataObject, prompt: list[int]) -> list[int] | None:
+    """A prediction of choice 0's output: none, right, or with some tokens changed."""
+    if not data.draw(st.booleans(), "predicted"):
+        return None
+    tokens = alone(prompt, 0, 20)
+    for _ in range(data.draw(st.integers(0, 3), "mistakes")):
+        tokens[data.draw(st.integers(0, len(tokens) - 1))] += 1
+    return tokens
 
 
 @settings(max_examples=300, deadline=None)
@@ -157,7 +189,7 @@ def test_random_histories(data: st.DataObject) -> None:
             n, priority, scored = data.draw(
                 st.tuples(st.integers(1, 4), st.integers(-1, 1), st.booleans()), "request"
             )
-            loop.add(sequence_of(number, prompt, max_tokens, n, priority, scored))
+            loop.add(sequence_of(number, prompt, max_tokens, n, priority, scored, guess(data, prompt)))
             number += 1
         elif action == "abort" and loop.live:
             loop.abort(data.draw(st.sampled_from(loop.live)))
@@ -243,3 +275,19 @@ def test_scored_prompts_run_in_bounded_chunks() -> None:
     step = loop.scheduler.schedule()
     assert step.scored == 8
     assert [c.count for c in step.chunks] == [8]
+
+
+def test_a_right_prediction_saves_steps_and_a_wrong_one_changes_nothing() -> None:
+    prompt = next([1, 2, k] for k in range(99) if len(alone([1, 2, k], 0, 40)) == 40)
+    text = alone(prompt, 0, 40)
+    steps = {}
+    for name, prediction in {"none": None, "right": text, "wrong": [49] * 40}.items():
+        loop = make_loop(40, 4, 64, overlap=False)
+        loop.add(sequence_of(0, prompt, 40, prediction=prediction))
+        steps[name] = 0
+        while loop.scheduler.has_work:
+            loop.step()
+            steps[name] += 1
+        assert loop.live[0].output == text
+    assert steps["right"] < steps["none"] / 3
+    assert steps["wrong"] == steps["none"]

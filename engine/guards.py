@@ -1,0 +1,172 @@
+"""Is a model right when its attention goes through the paged cache? Asked before its weights are read.
+
+Names and flags answer first. Then a small float32 twin of the same config class, with one layer of each kind,
+is run twice on the same random weights: by transformers' eager attention over whole texts, and by ours over
+chunks, mixed batches and single tokens. The verdict is kept in the cache folder under all that it depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from tokenmill.engine import attention, fusion, kv_cache, rope
+from tokenmill.engine.disk_cache import cache_root, key_of, write_file
+from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.progress import quiet
+from tokenmill.engine.shrink import CONTEXT, randomize, shrink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+TOLERANCE = 1e-4  # of the largest logit
+HIDDEN, VOCAB, BLOCK = 64, 128, 4
+LENGTHS = (23, 14, 6)
+STEPS = (  # tokens that each of the three texts advances by in a step: chunks, a mixed batch, decodes
+    (7, 0, 0),
+    (9, 5, 0),
+    (1, 6, 4),
+    (1, 1, 1),
+    (5, 2, 1),
+)
+NAMES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+"""Config fields that say nothing of what a model computes."""
+WHAT_NOW = "only types whose attention goes through transformers' AttentionInterface are served so far"
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What the twin showed: why the type can't be served (None: it can); whether its linears may be fused."""
+
+    refusal: str | None
+    fusible: bool
+
+
+def check(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdict:
+    """Refuse a type that the paged cache would get wrong (LoadError), else tell what is safe with it."""
+    name = config.model_type
+    if not model_class.is_backend_compatible():  # type: ignore[no-untyped-call]
+        raise LoadError(f"model type {name} has an attention of its own: {WHAT_NOW}")
+    text_config = config.get_text_config(decoder=True)
+    strange = sorted(set(getattr(text_config, "layer_types", None) or ()) - KNOWN_LAYERS)
+    if strange:
+        raise LoadError(f"model type {name} has {strange[0]} layers: {WHAT_NOW}")
+    fields = twin_fields(config)
+    verdict = _kept(fields) or _keep(fields, judge(model_class, fields))
+    if verdict.refusal is not None:
+        raise LoadError(f"model type {name} can't run in the paged cache ({verdict.refusal}): {WHAT_NOW}")
+    return verdict
+
+
+def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of the small twin's config."""
+    fields = shrink(config.to_dict(), layers=2, hidden=HIDDEN, vocab=VOCAB, grouped=False)
+    return {k: v for k, v in fields.items() if k not in NAMES and not k.startswith("_")}
+
+
+def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict:
+    """Build the twins and compare them: eager, ours, and ours with fused linears."""
+    attention.register()
+    texts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    with quiet(), torch.no_grad():
+        try:
+            eager = _twin(model_class, fields, "eager")
+            wanted = [eager(input_ids=text[None], use_cache=False).logits[0] for text in texts]
+        except Exception as error:  # a twin is a guess at sizes that fit each other
+            return Verdict(f"no small twin of it runs: {first_line(error)}", False)
+        try:
+            ours = _twin(model_class, fields, attention.NAME)
+            paged = relative_error(run_paged(ours, texts), wanted)
+        except Exception as failure:  # whatever an unsuitable forward does with our arguments
+            return Verdict(f"{type(failure).__name__}: {first_line(failure)}", False)
+        if not paged <= TOLERANCE:
+            return Verdict(f"its logits differ from eager attention's by {paged:.1e}", False)
+        try:
+            fusion.fuse_siblings(ours)
+            fused = relative_error(run_paged(ours, texts), wanted)
+        except Exception:  # code that can't take a slice of a wider output: it runs unfused
+            return Verdict(None, False)
+    return Verdict(None, fused <= TOLERANCE)
+
+
+def _twin(model_class: type[PreTrainedModel], fields: dict[str, Any], implementation: str) -> PreTrainedModel:
+    config_class: Any = model_class.config_class
+    build: Any = model_class._from_config
+    config = config_class.from_dict(json.loads(json.dumps(fields)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = build(config, attn_implementation=implementation, dtype=torch.float32)
+    randomize(model, 0)
+    rope.pin_rope(model, CONTEXT)
+    nn.Module.train(model, False)
+    return model
+
+
+def run_paged(module: PreTrainedModel, texts: list[Tensor]) -> list[Tensor]:
+    """Logits [tokens, V] of each text [tokens], computed in `STEPS` through a paged cache."""
+    from tokenmill.kernels import reference
+
+    layers = attention.probe_layers(module)
+    width = -(-max(LENGTHS) // BLOCK)
+    cache = kv_cache.allocate(layers, width * len(texts), BLOCK, torch.float32, torch.device("cpu"))
+    # Interleaved, so that a row's blocks are no run of neighbours; block 0 belongs to nobody.
+    tables = torch.arange(1, 1 + width * len(texts), dtype=torch.int32).reshape(width, len(texts)).T
+    done = [0] * len(texts)
+    parts: list[list[Tensor]] = [[] for _ in texts]
+    for step in STEPS:
+        rows = [i for i, count in enumerate(step) if count]
+        spans = [torch.arange(done[i], done[i] + step[i]) for i in rows]
+        metadata = attention.AttentionMetadata(
+            kernels=reference,
+            caches=cache.caches,
+            slots=torch.cat([_slots(tables[i], s) for i, s in zip(rows, spans, strict=True)]),
+            block_table=tables[rows],
+            seq_lens=torch.tensor([done[i] + step[i] for i in rows], dtype=torch.int32),
+            query_start=torch.tensor([0, *accumulate(step[i] for i in rows)], dtype=torch.int32),
+        )
+        ids = torch.cat([texts[i][s] for i, s in zip(rows, spans, strict=True)])
+        logits = attention.forward(module, ids, torch.cat(spans), metadata)
+        for i, part in zip(rows, torch.split(logits, [step[i] for i in rows]), strict=True):
+            parts[i].append(part)
+            done[i] += step[i]
+    return [torch.cat(part) for part in parts]
+
+
+def _slots(table: Tensor, positions: Tensor) -> Tensor:
+    return table[positions // BLOCK].long() * BLOCK + positions % BLOCK
+
+
+def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference, as a share of the largest wanted value; NaN where any logit is."""
+    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(found, wanted, strict=True)])
+    return float(difference.max() / torch.cat([x.abs().flatten() for x in wanted]).max())
+
+
+def _file(fields: dict[str, Any]) -> Path:
+    """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
+    code = [Path(str(module.__file__)).read_bytes() for module in (attention, fusion, rope)]
+    twin = json.dumps(fields, sort_keys=True, default=str)
+    key = key_of(twin, version("transformers"), torch.__version__, Path(__file__).read_bytes(), *code)
+    return cache_root() / "guards" / f"{key}.json"
+
+
+def _kept(fields: dict[str, Any]) -> Verdict | None:
+    try:
+        return msgspec.json.decode(_file(fields).read_bytes(), type=Verdict)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _keep(fields: dict[str, Any], verdict: Verdict) -> Verdict:
+    try:
+        write_file(_file(fields), msgspec.json.encode(verdict))
+    except OSError:
+        return verdict  # the check runs again at the next start
+    return verdict

@@ -1,0 +1,54 @@
+"""transformers' side of a checkpoint: its config and the class that runs it."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.progress import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint's folder, checked to be of a type that transformers knows."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with quiet():
+        fields, _ = PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        close = get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
+        hint = f" (nearest: {close[0]})" if close else ""
+        raise LoadError(
+            f"config.json has the model_type {model_type!r}, which this transformers doesn't know{hint}"
+        )
+    try:
+        with quiet():
+            config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # whatever a config class makes of values that it didn't expect
+        raise LoadError(f"config.json makes no valid {model_type} config ({first_line(error)})") from None
+    # Names a file of its own choosing to load, pickles included: only the standard names are read here.
+    config.transformers_weights = None
+    return config
+
+
+def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The causal LM of `config`'s type as AutoModelForCausalLM picks it, and the config that it takes.
+
+    A multi-modal checkpoint whose language model is one by itself gives that one and its own config.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LoadError(f"a {config.model_type} is no causal language model, so it can't complete text")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    text_config = config.sub_configs.get("text_config")
+    if text_config is not None and chosen.config_class is text_config:
+        config = config.get_text_config(decoder=True)
+    return chosen, config
