@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.grammar import GrammarCompiler, GrammarError, Matcher
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import Add, Delta, FinishReason, PromptLogprobs, Ready, Stats
 from tokenmill.engine.model_runner import Draw, ModelRunner, Result, Run
@@ -32,6 +34,7 @@ GPU_BATCH_TOKENS = 8192
 SMALLEST_BATCH_TOKENS = 16
 CPU_DRAFT_ROWS = 16
 MOST_IDLE_STEPS = 1000
+COMPILE_SECONDS = 10.0
 GPU_DRAFT_ROWS = 64
 
 
@@ -62,6 +65,10 @@ class Engine:
             draft_rows=GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS,
         )
         self._requests: dict[int, list[Sequence]] = {}
+        self._grammars = GrammarCompiler(
+            self.model.tokenizer.tokenizer_json, self.model.logits_width, self.model.eos_ids
+        )
+        self._compiling: dict[Sequence, tuple[Future[Matcher], float]] = {}
         self._in_flight: Run | None = None
         self._deltas: list[Delta] = []
         self._arrivals = self._idle_steps = 0
@@ -78,6 +85,34 @@ class Engine:
         first = make_sequences(message, seed, self._arrivals, ngram=self.config.speculation_ngram)
         self._arrivals += 1
         self._requests[message.request] = [first, *first.children]
+        if params.grammar is None:
+            self.scheduler.add(first)
+        else:
+            self._compiling[first] = (self._grammars.compile(params.grammar), time.monotonic() + COMPILE_SECONDS)
+
+    def _admit_compiled(self) -> None:
+        """Queue the requests whose grammars are ready, refuse those whose can't be compiled (in time)."""
+        if not self._compiling:
+            return
+        futures = [future for future, _ in self._compiling.values()]
+        wait(futures, timeout=0 if self.scheduler.has_work else 0.01, return_when=FIRST_COMPLETED)
+        for first, (future, deadline) in list(self._compiling.items()):
+            if future.done():
+                del self._compiling[first]
+                self._start_grammar(first, future)
+            elif time.monotonic() > deadline:
+                del self._compiling[first]
+                self._fail(first, f"the grammar took longer than {COMPILE_SECONDS} s to compile", invalid=True)
+
+    def _start_grammar(self, first: Sequence, future: Future[Matcher]) -> None:
+        grammar, error = first.params.grammar, future.exception()
+        if error is not None or grammar is None:
+            self._fail(first, str(error), invalid=isinstance(error, GrammarError))
+            return
+        matcher = future.result()
+        self._grammars.remember(grammar, matcher)
+        for sequence in [first, *first.children]:
+            sequence.matcher = matcher.copy()
         self.scheduler.add(first)
 
     def _validate(self, message: Add) -> None:
@@ -102,41 +137,65 @@ class Engine:
         """Stop a choice, or all of a request, at once. Unknown ids are ignored."""
         for sequence in list(self._requests.get(request, ())):
             if choice is None or sequence.choice == choice:
+                compiling = self._compiling.get(sequence)
                 orphans = self._finish(sequence, "abort")
                 if orphans and choice is not None:
                     orphans[0].children = orphans[1:]
-                    self.scheduler.add(orphans[0])
+                    if compiling is not None:
+                        self._compiling[orphans[0]] = compiling
+                    else:
+                        self.scheduler.add(orphans[0])
 
     # ---------------------------------------------------------------- the step
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._compiling)
 
     def step(self) -> list[Delta]:
         """Run the loop once; returns the news since the last call."""
+        self._admit_compiled()
         began = time.perf_counter()
         step = self.scheduler.schedule()
         self.runner.phases["schedule"] += time.perf_counter() - began
-        run: Run | None = None
-        result: Result | None = None
-        try:
-            run = self.runner.launch(step) if step.chunks else None
-            if self.overlap and not self.scheduler.suspects:
-                run, self._in_flight = self._in_flight, run
-            result = None if run is None else self.runner.collect(run)
-        except Exception as error:
-            self._recover(error, run, step)
-        if run is not None and result is not None:
-            self._record_all(run, result)
-        self._require_progress(step, run)
+        previous, self._in_flight = self._in_flight, None
+        self._require_progress(step, previous)
+        run = self._launch(step, previous)
+        if run is not None:
+            self._finish_step(run)
         self._steps += 1
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _require_progress(self, step: Step, run: Run | None) -> None:
+    def _launch(self, step: Step, previous: Run | None) -> Run | None:
+        """Start a step, then record the one before it. None when nothing runs now."""
+        try:
+            run = self.runner.launch(step) if step.chunks else None
+            result = None if previous is None else self.runner.collect(previous)
+        except Exception as error:
+            self._recover(error, [step] if previous is None else [step, previous.step])
+            return None
+        if previous is not None and result is not None:
+            self._record_all(previous, result)
+        return run
+
+    def _finish_step(self, run: Run) -> None:
+        """Sample what waited for its grammars' masks; record the step now, or leave it to the next with overlap."""
+        try:
+            if run.inputs.constrained:
+                self.runner.sample(run)
+            if self.overlap and not self.scheduler.suspects:
+                self._in_flight = run
+                return
+            result = self.runner.collect(run)
+        except Exception as error:
+            self._recover(error, [run.step])
+            return
+        self._record_all(run, result)
+
+    def _require_progress(self, step: Step, previous: Run | None) -> None:
         """A loop that goes round without work is a bug of ours: better a crash and a restart than a hang."""
-        idle = not step.chunks and run is None and self._in_flight is None and self.scheduler.has_work
+        idle = not step.chunks and previous is None and self.scheduler.has_work
         self._idle_steps = self._idle_steps + 1 if idle else 0
         if self._idle_steps > MOST_IDLE_STEPS:
             raise RuntimeError("the scheduler has work and schedules none of it")
@@ -181,11 +240,14 @@ class Engine:
             if draw.logprob is not None and draw.top is not None:
                 delta.logprobs = [*(delta.logprobs or ()), draw.logprob]
                 delta.top = [*(delta.top or ()), draw.top]
+            if sequence.matcher is not None and not sequence.matcher.consume([draw.token]):
+                self._fail(sequence, f"the grammar can't go on: {sequence.matcher.error}")
+                return
             delta.finish = self._reason_to_stop(sequence, draw.token)
             if delta.finish is not None:
                 break
         self._generated_tokens += len(delta.token_ids)
-        if delta.finish == "stop":
+        if delta.finish == "stop" and self._ends(sequence, delta.token_ids[-1]):
             delta.stop_token = delta.token_ids[-1]
         if sequence.proposer is not None:
             self._teach(sequence, sequence.proposer, delta)
@@ -205,12 +267,16 @@ class Engine:
                 self.runner.sampler.count(sequence.slot, delta.token_ids)
 
     def _reason_to_stop(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if len(sequence.output) > sequence.params.min_tokens and self._ends(sequence, token):
+            return "stop"
+        if sequence.matcher is not None and sequence.matcher.stopped:
+            return "stop"
+        return "length" if len(sequence.output) >= sequence.params.max_tokens else None
+
+    def _ends(self, sequence: Sequence, token: int) -> bool:
+        """Whether this token is an end of text or a stop id of the request."""
         params = sequence.params
-        if len(sequence.output) > params.min_tokens:
-            ends = token in self.model.eos_ids and not params.ignore_eos
-            if ends or token in params.stop_token_ids:
-                return "stop"
-        return "length" if len(sequence.output) >= params.max_tokens else None
+        return (token in self.model.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
 
     def _send(self, sequence: Sequence, delta: Delta) -> None:
         if sequence.choice == 0 and not sequence.announced:
@@ -234,6 +300,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> list[Sequence]:
         if sequence.status is Status.FINISHED:
             return []
+        self._compiling.pop(sequence, None)
         orphans = self.scheduler.finish(sequence, reason)
         choices = self._requests.get(sequence.request, [])
         if all(choice.status is Status.FINISHED for choice in choices):
@@ -242,22 +309,21 @@ class Engine:
 
     # ---------------------------------------------------------------- when something goes wrong
 
-    def _fail(self, sequence: Sequence, reason: str) -> None:
+    def _fail(self, sequence: Sequence, reason: str, *, invalid: bool = False) -> None:
         for one in [sequence, *sequence.children]:
-            self._deltas.append(Delta(one.request, one.choice, [], finish="error", error=reason))
+            delta = Delta(one.request, one.choice, [], finish="error", error=reason, invalid=invalid)
+            self._deltas.append(delta)
         for one in [sequence, *self._finish(sequence, "error")]:
             self._finish(one, "error")
 
-    def _recover(self, error: Exception, run: Run | None, step: Step) -> None:
+    def _recover(self, error: Exception, steps: list[Step]) -> None:
         """Undo the steps under way; fail a sequence that raised alone, try the others one by one."""
         if isinstance(error, torch.AcceleratorError):
             raise error
         logger.error("a step failed", exc_info=error)
         alone = self.scheduler.suspects[0] if self.scheduler.suspects else None
-        steps = [step] + [other.step for other in (run, self._in_flight) if other is not None]
-        self._in_flight = None
-        for undone in {id(s): s for s in steps}.values():
-            self.scheduler.rewind(undone)
+        for step in steps:
+            self.scheduler.rewind(step)
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             if self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
                 self.scheduler.max_batch_tokens //= 2

@@ -32,14 +32,14 @@ class ScoredPart:
 class SampleRow:
     """One row of logits that a token is drawn from, after `generated` tokens of its output.
 
-    `after` are the drafts before it in this step, which count as generated; `verifies`: the sequence has drafts
-    in this step, so whether this row's token is kept is decided when all of them are known.
+    `after` are the drafts before it in this step, which count as generated; `drafts` is how many the sequence
+    has in this step: with any, whether this row's token is kept is decided when all of them are known.
     """
 
     sequence: Sequence
     generated: int
     after: list[int]
-    verifies: bool
+    drafts: int
 
 
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class StepInputs:
     rows: NDArray[np.int64]  # [N]: the samplers' slots
     generated: Tensor  # [N] int64: how many tokens each sampler drew before
     copies: tuple[Tensor, Tensor] | None  # (source, target) blocks
+    constrained: bool  # whether some sampler follows a grammar
 
 
 class InputBatch:
@@ -125,6 +126,7 @@ class InputBatch:
             rows=np.array([row.sequence.slot for row in samplers], np.int64),
             generated=self._to_device(np.array([row.generated for row in samplers], np.int64)),
             copies=self._pairs(step.copies),
+            constrained=any(row.sequence.matcher is not None for row in samplers),
         )
 
     def _table(self, chunks: list[Chunk]) -> NDArray[np.int32]:
@@ -164,8 +166,8 @@ class InputBatch:
             drafts = len(chunk.drafts)
             for sequence in chunk.samplers:
                 generated = sequence.num_generated - 1
-                rows.append(SampleRow(sequence, generated, [], drafts > 0))
-                rows += [SampleRow(sequence, generated + i, chunk.drafts[:i], True) for i in range(1, drafts + 1)]
+                rows.append(SampleRow(sequence, generated, [], drafts))
+                rows += [SampleRow(sequence, generated + i, chunk.drafts[:i], drafts) for i in range(1, drafts + 1)]
                 places += range(end - 1 - drafts, end)
         return rows, np.array(places, np.int64)
 

@@ -13,10 +13,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tokenmill.engine import attention, gguf_cache, guards
 from tokenmill.engine.checkpoint import Checkpoint, resolve
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadError", "LoadedModel", "Progress", "load"]
 
 DEFAULT_CONTEXT = 4096
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 SAMPLES = 16
 STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -211,21 +214,18 @@ def _read_weights(
 ) -> PreTrainedModel:
     """The module with its weights on `device`: all of them from the checkpoint, all of the right shape."""
     attention.register()
-    stage = "loading weights"
-    progress(stage, 0.0)
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "device_map": None if device.type == "cpu" else {"": device},
+        "attn_implementation": attention.NAME,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
     try:
-        with quiet(stage, progress):
-            loaded: Any = model_class.from_pretrained(
-                str(checkpoint.folder),
-                config=config,
-                dtype=dtype,
-                device_map=None if device.type == "cpu" else {"": device},
-                attn_implementation=attention.NAME,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        loaded = _from_pretrained(model_class, checkpoint.folder, options, progress)
     except torch.OutOfMemoryError:
         raise LoadError(f"its weights don't fit into the memory of {device}") from None
     except Exception as error:  # model classes and weight conversions fail in ways of their own
@@ -246,6 +246,48 @@ def _read_weights(
             "config.json and the safetensors files may be of different models"
         )
     return module
+
+
+def _from_pretrained(
+    model_class: Any, folder: Path, options: dict[str, Any], progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """transformers' own loading: (module, what it found amiss)."""
+    stage = "loading weights"
+    progress(stage, 0.0)
+    for real_ranges in (True, False):
+        try:
+            with quiet(stage, progress), _PlainMeta(real_ranges):
+                loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
+                    str(folder), **options
+                )
+                return loaded
+        except RuntimeError as error:
+            # Few types combine a table with parameters while these have no storage: "… is on meta, not cpu".
+            if not (real_ranges and "meta" in str(error)):
+                raise
+    raise AssertionError("unreachable: the second round returns or raises")
+
+
+class _PlainMeta(TorchFunctionMode):
+    """A module begins as tensors without storage (device meta); here what those do is kept cheap.
+
+    Random values aren't drawn for them, and with `real_ranges` the tables made from `arange` are real from the
+    start. torch computes both in Python on meta tensors, and imports sympy and torch._dynamo to do so.
+    """
+
+    def __init__(self, real_ranges: bool) -> None:
+        super().__init__()
+        self.real_ranges = real_ranges
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in DRAWS and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
+        if self.real_ranges and function is torch.arange and str(kwargs.get("device")) == "meta":
+            kwargs = {**kwargs, "device": "cpu"}
+        return function(*args, **kwargs)
 
 
 def _max_context(wanted: int | None, text_config: Any) -> int:

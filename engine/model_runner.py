@@ -33,7 +33,8 @@ class Run:
 
     step: Step
     inputs: StepInputs
-    sampled: Sampled | None
+    logits: Tensor
+    sampled: Sampled | None = None
 
 
 @dataclass(slots=True)
@@ -77,20 +78,27 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Run:
-        """Start a step on the device."""
+        """Start a step on the device: its forward pass and, unless grammars are to be asked first, its sampling."""
         began = time.perf_counter()
         for sequence in step.started:
             self.batch.start(sequence)
             self.sampler.start(sequence)
         inputs = self.batch.prepare(step)
         prepared = time.perf_counter()
-        logits = self._forward(inputs)
-        forwarded = time.perf_counter()
-        sampled = self.sampler.sample(logits, inputs) if len(inputs.logits_index) else None
+        run = Run(step, inputs, self._forward(inputs))
         self.phases["prepare"] += prepared - began
-        self.phases["forward"] += forwarded - prepared
-        self.phases["sample"] += time.perf_counter() - forwarded
-        return Run(step, inputs, sampled)
+        self.phases["forward"] += time.perf_counter() - prepared
+        if not inputs.constrained:
+            self.sample(run)
+        return run
+
+    @torch.inference_mode()
+    def sample(self, run: Run) -> None:
+        """Draw a launched step's tokens. Grammars must have seen all tokens of the steps before."""
+        began = time.perf_counter()
+        if len(run.inputs.logits_index):
+            run.sampled = self.sampler.sample(run.logits, run.inputs)
+        self.phases["sample"] += time.perf_counter() - began
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         if inputs.carried is not None:

@@ -39,6 +39,11 @@ class Proposer:
         self._next_pause = 1
         self._index()
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has something to propose once all tokens are known: worth leaving the overlap for."""
+        return self._pause == 0 and 0 <= self._next < len(self._source)
+
     def propose(self, limit: int) -> list[int]:
         """At most `limit` tokens that may come next; none while it doesn't pay."""
         if limit <= 0 or self._next < 0:

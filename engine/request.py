@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from tokenmill.engine.grammar import Matcher
 from tokenmill.engine.messages import Add, FinishReason
 from tokenmill.engine.ngram_proposer import Proposer
 from tokenmill.engine.sampling_params import SamplingParams, derive_seed
@@ -54,6 +55,7 @@ class Sequence:
     prompt_scored: int = 1
     """Prompt positions below this have had their log-probabilities delivered."""
     proposer: Proposer | None = None
+    matcher: Matcher | None = None
     verifying: bool = False
     """A step with drafts is under way; nothing more can be scheduled before its outcome is known."""
     accepted_drafts: int = 0

@@ -1,7 +1,7 @@
 """From logits to tokens, in the order that the API promises:
 
     raw logits ──▶ log-probabilities
-        └ bias → repetition → presence, frequency → min_tokens → temperature → min_p → top_k → top_p → Gumbel-max
+        └ bias → repetition → presence, frequency → min_tokens, grammar → temperature → min_p → top_k → top_p → Gumbel-max
 
 Each stage runs only when some row of the step wants it. The noise is a pure function of (seed, position, token
 id), so a row's draw depends on nothing but the row.
@@ -120,7 +120,7 @@ class Sampler:
         bias = self._bias_entries(inputs)
         held_back = self._held_back(inputs)
         penalized = self._batch.penalized[inputs.rows]
-        changes = bias is not None or held_back is not None or bool(penalized.any())
+        changes = bias is not None or held_back is not None or inputs.constrained or bool(penalized.any())
         work = raw.clone() if changes and raw.dtype is torch.float32 else raw.float()
         if bias is not None:
             self._kernels.apply_logit_bias(work, *bias)
@@ -128,7 +128,21 @@ class Sampler:
             self._penalize(work, inputs, penalized)
         if held_back is not None:
             self._kernels.apply_logit_bias(work, *held_back)
+        if inputs.constrained:
+            self._kernels.apply_bitmask(work, *self._grammar_masks(inputs))
         return work
+
+    def _grammar_masks(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Rows under a grammar and, [n, words] int32, the tokens that it allows there."""
+        rows = [i for i, row in enumerate(inputs.samplers) if row.sequence.matcher is not None]
+        masks = np.zeros((len(rows), -(-self._width // 32)), np.int32)
+        for line, i in enumerate(rows):
+            row = inputs.samplers[i]
+            if row.after or row.sequence.matcher is None:
+                continue
+            drafts = inputs.samplers[i + row.drafts].after
+            row.sequence.matcher.fill(masks[line : line + row.drafts + 1], drafts)
+        return self._put(np.array(rows, np.int64)), self._put(masks)
 
     def _penalize(self, work: Tensor, inputs: StepInputs, penalized: NDArray[np.bool_]) -> None:
         assert self._counts is not None
@@ -196,7 +210,7 @@ class Sampler:
         rows = self._put(inputs.rows)
         self.last_tokens[rows] = tokens
         if self._counts is not None:
-            verified = np.array([row.verifies for row in inputs.samplers], np.bool_)
+            verified = np.array([row.drafts > 0 for row in inputs.samplers], np.bool_)
             counted = self._batch.penalized[inputs.rows] & ~verified
             if counted.any():
                 chosen = self._put(np.flatnonzero(counted))

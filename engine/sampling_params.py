@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from typing import Literal
 
 import msgspec
 
@@ -13,6 +14,14 @@ GREEDY_BELOW = 1e-5
 MAX_CANDIDATES = 128
 MAX_TOP_LOGPROBS = 20
 _MASK64 = (1 << 64) - 1
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What a completion must look like. `text` is the schema, the regular expression, the JSON list of choices,
+    or the Lark or EBNF grammar."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_CANDIDATES)

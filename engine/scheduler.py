@@ -126,11 +126,16 @@ class Scheduler:
                 or not sequence.num_generated
             ):
                 continue
-            if sequence.verifying or not sequence.wants_token:
+            if sequence.verifying or not sequence.wants_token or self._awaits_drafts(sequence):
                 continue
             if self._grow(sequence, 1, step):
                 budget -= self._add_decode(step, sequence, budget)
         return budget
+
+    def _awaits_drafts(self, sequence: Sequence) -> bool:
+        """Whether it's better to learn the pending token first, and then to guess what follows."""
+        drafting = sequence.proposer is not None and sequence.proposer.ready
+        return drafting and sequence.pending > 0 and len(self.running) < self.draft_rows
 
     def _add_decode(self, step: Step, sequence: Sequence, budget: int) -> int:
         drafts = self._drafts(step, sequence, budget - 1)
@@ -148,6 +153,8 @@ class Scheduler:
         rows = self.draft_rows - max(step.num_tokens + 1, len(self.running))
         left = sequence.params.max_tokens - sequence.num_generated - 1
         drafts = sequence.proposer.propose(min(rows, left, budget))
+        if sequence.matcher is not None:
+            drafts = drafts[: sequence.matcher.allowed_prefix(drafts)]
         needed = self.pool.blocks_for(sequence.num_computed + 1 + len(drafts)) - len(sequence.blocks)
         blocks = self.pool.allocate(max(0, needed)) if drafts else []
         if blocks is None:

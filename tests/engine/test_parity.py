@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.tiny import make_tiny
 
@@ -46,7 +47,9 @@ def random_prompts(width: int, count: int = 6) -> list[list[int]]:
     return prompts + [shared + prompt[:12] for prompt in prompts[:3]]
 
 
-def reference_texts(model: torch.nn.Module, prompts: list[list[int]], eos: tuple[int, ...]) -> list[list[int]]:
+def reference_texts(
+    model: torch.nn.Module, prompts: list[list[int]], eos: tuple[int, ...]
+) -> list[list[int]]:
     """Greedy continuations from full recomputation with eager attention: no cache to get wrong."""
     model.set_attn_implementation("eager")
     texts = []

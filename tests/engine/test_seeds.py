@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.tiny import make_tiny
 
@@ -48,7 +49,8 @@ def crowd(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
     generator = random.Random(3)
     prompts = [[generator.randrange(300) for _ in range(generator.randrange(1, 60))] for _ in range(count)]
     params = [
-        SamplingParams(temperature=0.5 + i / count, seed=i, max_tokens=5 + 2 * i, top_k=i) for i in range(count)
+        SamplingParams(temperature=0.5 + i / count, seed=i, max_tokens=5 + 2 * i, top_k=i)
+        for i in range(count)
     ]
     return prompts, params
 
@@ -99,7 +101,9 @@ def test_choices_that_had_to_wait_for_a_slot(folder: str, alone: list[int]) -> N
 
 
 def test_another_seed_gives_another_text(llm: LLM, alone: list[int]) -> None:
-    other = SamplingParams(**{f: getattr(PARAMS, f) for f in PARAMS.__struct_fields__ if f != "seed"}, seed=1235)
+    other = SamplingParams(
+        **{f: getattr(PARAMS, f) for f in PARAMS.__struct_fields__ if f != "seed"}, seed=1235
+    )
     assert tokens_of(llm, other) != alone
 
 

@@ -1,0 +1,109 @@
+"""Tiny checkpoints for tests: made once a session, copied where a test wants to damage them."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tokenmill.engine.tiny import make_tiny
+
+PAGED_TYPES = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "phi3",
+    "gpt2", "opt", "starcoder2", "gpt_oss", "deepseek_v3", "olmo2", "cohere", "glm4", "granite",
+)  # fmt: skip
+
+
+@cache
+def _session_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tokenmill-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def tiny(model_type: str, **overrides: Any) -> Path:
+    """The folder of a tiny checkpoint that every test of the session shares: don't write into it."""
+    name = "-".join([model_type, *(f"{k}={v}" for k, v in sorted(overrides.items()))])
+    return make_tiny(model_type, _session_folder() / name, **overrides)
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """A copy of a checkpoint that a test may damage."""
+    return Path(shutil.copytree(folder, target))
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON object on disk; None takes a key out."""
+    fields = json.loads(file.read_text()) if file.exists() else {}
+    for key, value in changes.items():
+        fields.pop(key, None)
+        if value is not None:
+            fields[key] = value
+    file.write_text(json.dumps(fields))
+
+
+def tiny_gguf(file: Path) -> Path:
+    """The tiny llama as a GGUF file of float32 tensors, with its tokenizer, as llama.cpp's converter writes it."""
+    from gguf import GGUFWriter, TokenType
+
+    folder = tiny("llama")
+    config = json.loads((folder / "config.json").read_text())
+    writer = GGUFWriter(str(file), "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda x: x[1])
+    special = {x["content"] for x in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types(
+        [TokenType.CONTROL if token in special else TokenType.NORMAL for token, _ in vocabulary]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, weight in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(_gguf_name(name), _as_llama_cpp(name, weight, config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _gguf_name(name: str) -> str:
+    for ours, theirs in (
+        ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
+        ("model.layers", "blk"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _as_llama_cpp(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """llama.cpp turns neighbouring pairs of a head, transformers its two halves: rows of q and k change places."""
+    if "q_proj" in name or "k_proj" in name:
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        half = weight.shape[0] // heads // 2
+        return weight.reshape(heads, 2, half, -1).transpose(1, 2).reshape(weight.shape)
+    return weight

