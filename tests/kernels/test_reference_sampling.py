@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from scipy import stats
+
 from tokenmill.engine.sampling_params import derive_seed
 from tokenmill.kernels import reference
 
@@ -19,7 +20,9 @@ def spread_logits(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings: float) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings: float
+) -> torch.Tensor:
     rows = len(seeds)
     return reference.sample(
         logits.expand(rows, -1),
