@@ -20,7 +20,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-MAX_STEPS = 500_000
+MAX_STEPS = 200_000
 MAX_CHARACTERS = 16 << 20
 _BUDGET = "tokenmill steps"
 

@@ -65,7 +65,9 @@ def resolve(source: str, revision: str | None = None, progress: Progress = _sile
         if path.is_dir():
             return _check_folder(source, path, hub_id)
         if path.suffix != ".gguf":
-            raise LoadError(f"{path.name} is neither a folder nor a .gguf file")
+            raise LoadError(
+                f"{path.name} is neither a .gguf file nor a folder (name the one that it lies in)"
+            )
         return Checkpoint(source, path.parent, {}, None, path)
     except LoadError as error:
         raise LoadError(f"{source}: {error}") from None
@@ -136,6 +138,11 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
         ) from None
     except HFValidationError as error:
         raise LoadError(f"no such folder here, and no Hub id ({first_line(error)})") from None
+    except Exception as error:  # the network's and the disk's, in the words of several libraries
+        raise LoadError(
+            f"can't be fetched into the Hub's cache ({type(error).__name__}: {first_line(error)}); "
+            "what arrived is kept, so starting again goes on from there"
+        ) from None
     return Path(folder)
 
 

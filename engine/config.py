@@ -40,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Launch a step before the last one's tokens were read; None: on a GPU only."""
     threads: int | None = None
     """CPU threads of the forward pass; None: all cores this process may use."""
+    fused_decoder: bool = True
+    """Use the fused decoder where it is right for the model; off: always the model's own code."""
     compile: bool = False
     deterministic: Literal["auto"] | bool = "auto"
     speculation_ngram: bool = False

@@ -55,14 +55,17 @@ class Engine:
         self.runner = ModelRunner(self.model, config)
         on_gpu = self.model.device.type == "cuda"
         self.overlap = on_gpu if config.overlap is None else config.overlap
-        self.pool = BlockPool(self.runner.cache.num_blocks, config.block_size)
+        forward = self.runner.forward
+        logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
+        self.pool = BlockPool(forward.capacity.num_blocks, config.block_size)
+        step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
         self.scheduler = Scheduler(
             self.pool,
             max_batch=config.max_batch,
-            max_batch_tokens=config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS),
+            max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
             score_tokens=self.runner.score_tokens,
-            prefix_cache=config.kv_cache.prefix_cache,
-            draft_rows=GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS,
+            prefix_cache=config.kv_cache.prefix_cache and forward.splits_prompts,
+            draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.splits_prompts else 0,
         )
         self._requests: dict[int, list[Sequence]] = {}
         self._grammars = GrammarCompiler(
@@ -345,7 +348,7 @@ class Engine:
             num_blocks=self.pool.num_blocks,
             max_batch=self.config.max_batch,
             fingerprint=model.fingerprint,
-            description=model.description,
+            description=f"{model.description}; {self.runner.forward.name}",
             model_type=model.model_type,
             load_seconds=self.load_seconds,
         )

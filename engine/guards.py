@@ -1,31 +1,39 @@
-"""Is a model right when its attention goes through the paged cache? Asked before its weights are read.
+"""Which way of running a model is right? Asked before its weights are read.
+
+    decoder     the fused decoder (decoder.py), where it gives what the model's own code gives
+    paged       the model's own code, its attention through the paged cache
+    sequential  the model's own code and cache, for what both of these get wrong
 
 Names and flags answer first. Then a small float32 twin of the same config class, with one layer of each kind,
-is run twice on the same random weights: by transformers' eager attention over whole texts, and by ours over
-chunks, mixed batches and single tokens. The verdict is kept in the cache folder under all that it depends on.
+is run on the same random weights: by transformers' eager attention over whole texts, and by ours over chunks,
+mixed batches and single tokens. The verdict is kept in the cache folder under all that it depends on.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, fusion, kv_cache, rope
+from tokenmill.engine import attention, decoder, decoder_spec, fusion, kv_cache, rope
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file
-from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.kernel_set import ReferenceKernels
+from tokenmill.engine.load_error import first_line
 from tokenmill.engine.progress import quiet
 from tokenmill.engine.shrink import CONTEXT, randomize, shrink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+Forward = Callable[[Tensor, Tensor, attention.AttentionMetadata, Tensor | None], Tensor]
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4  # of the largest logit
 HIDDEN, VOCAB, BLOCK = 64, 128, 4
@@ -39,30 +47,31 @@ STEPS = (  # tokens that each of the three texts advances by in a step: chunks, 
 )
 NAMES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 """Config fields that say nothing of what a model computes."""
-WHAT_NOW = "only types whose attention goes through transformers' AttentionInterface are served so far"
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What the twin showed: why the type can't be served (None: it can); whether its linears may be fused."""
+    """What the twin showed.
+
+    `refusal`: why the type can't run in the paged cache, None if it can; `fusible`: whether its sibling linears
+    may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be right with it,
+    None if it isn't.
+    """
 
     refusal: str | None
-    fusible: bool
+    fusible: bool = False
+    decoder: Literal["halves", "interleaved"] | None = None
 
 
 def check(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdict:
-    """Refuse a type that the paged cache would get wrong (LoadError), else tell what is safe with it."""
-    name = config.model_type
+    """What is safe with this type and config."""
     if not model_class.is_backend_compatible():  # type: ignore[no-untyped-call]
-        raise LoadError(f"model type {name} has an attention of its own: {WHAT_NOW}")
+        return Verdict("it has an attention of its own")
     text_config = config.get_text_config(decoder=True)
     strange = sorted(set(getattr(text_config, "layer_types", None) or ()) - KNOWN_LAYERS)
     if strange:
-        raise LoadError(f"model type {name} has {strange[0]} layers: {WHAT_NOW}")
+        return Verdict(f"it has {strange[0]} layers")
     fields = twin_fields(config)
-    verdict = _kept(fields) or _keep(fields, judge(model_class, fields))
-    if verdict.refusal is not None:
-        raise LoadError(f"model type {name} can't run in the paged cache ({verdict.refusal}): {WHAT_NOW}")
-    return verdict
+    return _kept(fields) or _keep(fields, judge(model_class, fields))
 
 
 def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict:
-    """Build the twins and compare them: eager, ours, and ours with fused linears."""
+    """Build the twins and compare them: eager, ours, ours with fused linears, the fused decoder."""
     attention.register()
     texts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
     with quiet(), torch.no_grad():
@@ -80,20 +89,40 @@ def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict
             eager = _twin(model_class, fields, "eager")
             wanted = [eager(input_ids=text[None], use_cache=False).logits[0] for text in texts]
         except Exception as error:  # a twin is a guess at sizes that fit each other
-            return Verdict(f"no small twin of it runs: {first_line(error)}", False)
+            return Verdict(f"no small twin of it runs: {first_line(error)}")
         try:
             ours = _twin(model_class, fields, attention.NAME)
-            paged = relative_error(run_paged(ours, texts), wanted)
+            layers = attention.probe_layers(ours)
+            paged = relative_error(run_paged(partial(attention.forward, ours), layers, texts), wanted)
         except Exception as failure:  # whatever an unsuitable forward does with our arguments
-            return Verdict(f"{type(failure).__name__}: {first_line(failure)}", False)
+            return Verdict(f"{type(failure).__name__}: {first_line(failure)}")
         if not paged <= TOLERANCE:
-            return Verdict(f"its logits differ from eager attention's by {paged:.1e}", False)
+            return Verdict(f"its logits differ from eager attention's by {paged:.1e}")
+        decoder = _decoder_form(partial(_twin, model_class, fields, attention.NAME), texts, wanted)
         try:
             fusion.fuse_siblings(ours)
-            fused = relative_error(run_paged(ours, texts), wanted)
+            fused = relative_error(run_paged(partial(attention.forward, ours), layers, texts), wanted)
         except Exception:  # code that can't take a slice of a wider output: it runs unfused
-            return Verdict(None, False)
-    return Verdict(None, fused <= TOLERANCE)
+            return Verdict(None, False, decoder)
+    return Verdict(None, fused <= TOLERANCE, decoder)
+
+
+def _decoder_form(
+    make: Callable[[], PreTrainedModel], texts: list[Tensor], wanted: list[Tensor]
+) -> Literal["halves", "interleaved"] | None:
+    """The form in which the fused decoder gives the wanted logits."""
+    forms: tuple[Literal["halves", "interleaved"], ...] = ("halves", "interleaved")
+    for form in forms:
+        module = make()
+        layers = attention.probe_layers(module)
+        try:
+            described = decoder_spec.describe(module, layers, CONTEXT, form == "interleaved")
+        except decoder_spec.NotUnderstood:
+            return None
+        found = run_paged(decoder.Decoder(described, ReferenceKernels()), layers, texts)
+        if relative_error(found, wanted) <= TOLERANCE:
+            return form
+    return None
 
 
 def _twin(model_class: type[PreTrainedModel], fields: dict[str, Any], implementation: str) -> PreTrainedModel:
@@ -109,11 +138,10 @@ def _twin(model_class: type[PreTrainedModel], fields: dict[str, Any], implementa
     return model
 
 
-def run_paged(module: PreTrainedModel, texts: list[Tensor]) -> list[Tensor]:
-    """Logits [tokens, V] of each text [tokens], computed in `STEPS` through a paged cache."""
+def run_paged(forward: Forward, layers: list[attention.LayerSpec], texts: list[Tensor]) -> list[Tensor]:
+    """Logits [tokens, V] of each text [tokens], computed by `forward` in `STEPS` through a paged cache."""
     from tokenmill.kernels import reference
 
-    layers = attention.probe_layers(module)
     width = -(-max(LENGTHS) // BLOCK)
     cache = kv_cache.allocate(layers, width * len(texts), BLOCK, torch.float32, torch.device("cpu"))
     # Interleaved, so that a row's blocks are no run of neighbours; block 0 belongs to nobody.
@@ -132,7 +160,7 @@ def run_paged(module: PreTrainedModel, texts: list[Tensor]) -> list[Tensor]:
             query_start=torch.tensor([0, *accumulate(step[i] for i in rows)], dtype=torch.int32),
         )
         ids = torch.cat([texts[i][s] for i, s in zip(rows, spans, strict=True)])
-        logits = attention.forward(module, ids, torch.cat(spans), metadata)
+        logits = forward(ids, torch.cat(spans), metadata, None)
         for i, part in zip(rows, torch.split(logits, [step[i] for i in rows]), strict=True):
             parts[i].append(part)
             done[i] += step[i]
@@ -151,7 +179,7 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
-    code = [Path(str(module.__file__)).read_bytes() for module in (attention, fusion, rope)]
+    code = [Path(str(module.__file__)).read_bytes() for module in (attention, decoder, decoder_spec, fusion, rope)]
     twin = json.dumps(fields, sort_keys=True, default=str)
     key = key_of(twin, version("transformers"), torch.__version__, Path(__file__).read_bytes(), *code)
     return cache_root() / "guards" / f"{key}.json"

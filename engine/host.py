@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tokenmill.engine.lean_imports import import_transformers
 from tokenmill.engine.messages import (
     HEADER,
     MAX_FRAME,
@@ -138,6 +139,8 @@ class Host:
 
     def _load(self, start: Start) -> Engine | None:
         try:
+            if not start.config.compile:
+                import_transformers()
             from tokenmill.engine.engine import Engine
             from tokenmill.engine.loader import LoadError
 

@@ -70,21 +70,24 @@ def join_biases(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | 
     )
 
 
-def select_kernels(device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
-    """The fastest kernels that work on `device` with `dtype`."""
-    return ReferenceKernels()
-
-
-
-
 class CpuKernels(ReferenceKernels):
     """The C++ kernels, for bfloat16 and float32."""
 
-    def __init__(self) -> None:
-        from tokenmill.kernels.cpu import linear
+    name = "cpu"
 
-        self.name = "cpu"
-        self._linear = linear
+    def __init__(self) -> None:
+        from tokenmill.kernels.cpu import attention, elementwise, linear, sampling
+
+        self._attention, self._linear, self._sampling = attention, linear, sampling
+        for module in (elementwise, sampling):
+            for function in ("rope_store", "rms_norm", "layer_norm", "activate", "apply_penalties", "apply_bitmask"):
+                if hasattr(module, function):
+                    setattr(self, function, getattr(module, function))
+        self.sample = sampling.sample
+        self.token_logprobs = sampling.token_logprobs
+
+    def paged_attention(self, query: Tensor, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        return self._attention.paged_attention(query.contiguous(), *args, **options)
 
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
         return self._linear.PackedLinear(join(weights), join_biases(weights, biases), gate)
@@ -94,3 +97,13 @@ class CpuKernels(ReferenceKernels):
             packed, dtype = head, weight.dtype
             return lambda ids: packed.rows(ids, dtype)
         return super().make_embedding(weight, head)
+
+
+def select_kernels(device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
+    """The fastest kernels that work on `device` with `dtype`."""
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+        from tokenmill.kernels.cpu.library import current
+
+        if current() is not None:
+            return CpuKernels()
+    return ReferenceKernels()

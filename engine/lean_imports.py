@@ -29,9 +29,9 @@ USED = ("modeling_utils", "masking_utils", "modeling_layers", "models.auto.model
 
 
 def import_transformers() -> bool:
-    """Import what loading a model needs of transformers; tells whether the unneeded parts were left out.
+    """Import what loading a model needs of transformers; tells whether the rest was left out.
 
-    They aren't where transformers or dynamo are imported already, or where this transformers can't do without.
+    It isn't where transformers or dynamo are imported already, or where this release can't do without.
     """
     if "transformers" in sys.modules or DYNAMO in sys.modules:
         return False

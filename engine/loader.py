@@ -1,10 +1,10 @@
 """From a source to a module that is ready to run: the one place where a model is loaded.
 
     source ─▶ files (checkpoint.py) ─▶ config and class (model_class.py) ─▶ guards (guards.py)
-           ─▶ weights by memory map, straight to device and dtype ─▶ rotary tables pinned ─▶ linears fused
+           ─▶ weights, straight to device and dtype (weights.py) ─▶ rotary tables pinned (rope.py)
 
 A safetensors checkpoint already in the wanted dtype is never copied on a CPU: its parameters are the mapped
-file, and only what fusion concatenates takes memory of its own.
+file. What packs or fuses them comes later (forward.py).
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tokenmill.engine import attention, gguf_cache, guards
 from tokenmill.engine.checkpoint import Checkpoint, resolve
 from tokenmill.engine.config import DType, EngineConfig
-from tokenmill.engine.fusion import fuse_siblings
-from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.guards import Verdict
+from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.model_class import causal_lm_class, read_config
-from tokenmill.engine.progress import Progress, quiet
+from tokenmill.engine.model_size import ModelSize, size_of
+from tokenmill.engine.progress import Progress
 from tokenmill.engine.rope import context_limit, pin_rope, stretched_limit
 from tokenmill.engine.tokenizer_export import end_ids, export_tokenizer, load_tokenizer_info
+from tokenmill.engine.weights import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 __all__ = ["LoadError", "LoadedModel", "Progress", "load"]
 
 DEFAULT_CONTEXT = 4096
-DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 SAMPLES = 16
 STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoadedModel:
-    """A causal LM whose attention is ours, with all that the engine needs to know of it."""
+    """A causal LM, its attention ours where the verdict allows it, with all that the engine needs to know of it."""
 
-    module: PreTrainedModel
+    module: PreTrainedModel | None
+    """None once the fused decoder has taken the weights over."""
     hf_config: PreTrainedConfig
     """The text model's own config."""
     tokenizer: TokenizerInfo
@@ -59,8 +59,9 @@ class LoadedModel:
     description: str
     model_type: str
     parameters: int
-    fused: int
-    """Groups of sibling linears that became one."""
+    size: ModelSize
+    verdict: Verdict
+    """Which ways of running it are right."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -93,6 +94,9 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     width = _logits_width(module, text_config)
     parameters = sum(x.numel() for x in module.parameters())
     fingerprint = fingerprint_of(module, _settings(text_config), config.quantization)
+    # No batch of ours is padded, but some types look for padding in every forward, waiting for the device.
+    # (Past the attribute's own check: strict configs take no None for it.)
+    vars(module.config)["pad_token_id"] = None
     return LoadedModel(
         module=module,
         hf_config=text_config,
@@ -106,7 +110,8 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         description=_describe(text_config.model_type, parameters, dtype, device, note),
         model_type=text_config.model_type,
         parameters=parameters,
-        fused=fuse_siblings(module) if opened.fusible else 0,
+        size=size_of(module, text_config),
+        verdict=opened.verdict,
     )
 
 
@@ -116,7 +121,7 @@ class _Opened:
 
     module: PreTrainedModel
     tokenizer: TokenizerInfo
-    fusible: bool
+    verdict: Verdict
 
 
 def _open(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress) -> _Opened:
@@ -138,19 +143,21 @@ def _open_folder(
     full = read_config(checkpoint.folder)
     model_class, own = causal_lm_class(full)
     verdict = guards.check(model_class, own)
-    module = _read_weights(checkpoint, model_class, own, device, dtype, progress)
+    paged = verdict.refusal is None
+    module = read_weights(checkpoint.folder, model_class, own, device, dtype, progress, paged=paged)
     progress("reading the tokenizer", None)
     tokenizer = load_tokenizer_info(checkpoint.folder, full, checkpoint.hub_id)
-    return _Opened(_frozen(module), tokenizer, verdict.fusible)
+    return _Opened(_frozen(module), tokenizer, verdict)
 
 
 def _adopt(model: PreTrainedModel, tokenizer: TokenizerInfo, device: torch.device) -> _Opened:
     """A model that was converted in this process and couldn't be kept: given our attention, and moved."""
     verdict = guards.check(type(model), model.config)
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
+    if verdict.refusal is None:
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
     nn.Module.to(model, device)
-    return _Opened(_frozen(model), tokenizer, verdict.fusible)
+    return _Opened(_frozen(model), tokenizer, verdict)
 
 
 def _frozen(module: PreTrainedModel) -> PreTrainedModel:
@@ -202,92 +209,6 @@ def _pick_dtype(wanted: DType, checkpoint: Checkpoint, device: torch.device) -> 
         return own, ""
     chosen = torch.bfloat16 if computes_bfloat16(device) else torch.float32
     return chosen, f"from {stored}"
-
-
-def _read_weights(
-    checkpoint: Checkpoint,
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> PreTrainedModel:
-    """The module with its weights on `device`: all of them from the checkpoint, all of the right shape."""
-    attention.register()
-    options = {
-        "config": config,
-        "dtype": dtype,
-        "device_map": None if device.type == "cpu" else {"": device},
-        "attn_implementation": attention.NAME,
-        "use_safetensors": True,
-        "local_files_only": True,
-        "ignore_mismatched_sizes": True,
-        "output_loading_info": True,
-    }
-    try:
-        loaded = _from_pretrained(model_class, checkpoint.folder, options, progress)
-    except torch.OutOfMemoryError:
-        raise LoadError(f"its weights don't fit into the memory of {device}") from None
-    except Exception as error:  # model classes and weight conversions fail in ways of their own
-        raise LoadError(
-            f"its weights don't make a {model_class.__name__} ({type(error).__name__}: {first_line(error)}); "
-            "config.json and the safetensors files may be of different models"
-        ) from None
-    module: PreTrainedModel = loaded[0]
-    found: dict[str, Any] = loaded[1]
-    for name, stored, expected in sorted(found["mismatched_keys"]):
-        raise LoadError(
-            f"{name} is {list(stored)} in the files, {list(expected)} by config.json: they don't fit together"
-        )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise LoadError(
-            f"the files lack {missing[0]} ({len(missing)} weights of a {model_class.__name__} are missing); "
-            "config.json and the safetensors files may be of different models"
-        )
-    return module
-
-
-def _from_pretrained(
-    model_class: Any, folder: Path, options: dict[str, Any], progress: Progress
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """transformers' own loading: (module, what it found amiss)."""
-    stage = "loading weights"
-    progress(stage, 0.0)
-    for real_ranges in (True, False):
-        try:
-            with quiet(stage, progress), _PlainMeta(real_ranges):
-                loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-                    str(folder), **options
-                )
-                return loaded
-        except RuntimeError as error:
-            # Few types combine a table with parameters while these have no storage: "… is on meta, not cpu".
-            if not (real_ranges and "meta" in str(error)):
-                raise
-    raise AssertionError("unreachable: the second round returns or raises")
-
-
-class _PlainMeta(TorchFunctionMode):
-    """A module begins as tensors without storage (device meta); here what those do is kept cheap.
-
-    Random values aren't drawn for them, and with `real_ranges` the tables made from `arange` are real from the
-    start. torch computes both in Python on meta tensors, and imports sympy and torch._dynamo to do so.
-    """
-
-    def __init__(self, real_ranges: bool) -> None:
-        super().__init__()
-        self.real_ranges = real_ranges
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in DRAWS and kwargs["tensor"].is_meta:
-            return kwargs["tensor"]
-        if self.real_ranges and function is torch.arange and str(kwargs.get("device")) == "meta":
-            kwargs = {**kwargs, "device": "cpu"}
-        return function(*args, **kwargs)
 
 
 def _max_context(wanted: int | None, text_config: Any) -> int:

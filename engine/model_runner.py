@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmill.engine import attention, kv_cache
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.forward import Forward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
 from tokenmill.engine.kernel_set import select_kernels
 from tokenmill.engine.loader import LoadedModel
@@ -56,24 +56,24 @@ class Result:
 
 
 class ModelRunner:
-    """Owns the model, the KV cache's tensors and the persistent rows."""
+    """Owns the model's forward pass and the persistent rows."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.device = model.device
         self.kernels = select_kernels(model.device, model.dtype)
         self.phases: dict[str, float] = defaultdict(float)
-        layers = attention.probe_layers(model.module)
-        num_blocks = kv_cache.count_blocks(config, layers, model.dtype, model.device, model.max_context)
-        self.cache = kv_cache.allocate(layers, num_blocks, config.block_size, model.dtype, model.device)
-        self.max_context = min(model.max_context, self.cache.capacity)
+        self.forward: Forward = build_forward(model, config, self.kernels)
+        self.max_context = min(model.max_context, self.forward.capacity.tokens)
         blocks = -(-self.max_context // config.block_size)
         self.batch = InputBatch(config.max_batch, blocks, config.block_size, model.device)
         self.sampler = Sampler(self.kernels, self.batch, model.logits_width, model.eos_ids)
 
     @property
     def score_tokens(self) -> int:
-        """Most prompt positions whose logits one step may hold."""
+        """Most prompt positions whose logits one step may hold; a prompt that can't be split is scored at once."""
+        if not self.forward.splits_prompts:
+            return self.forward.capacity.tokens
         return max(16, SCORE_BYTES // (4 * self.model.logits_width))
 
     @torch.inference_mode()
@@ -83,9 +83,10 @@ class ModelRunner:
         for sequence in step.started:
             self.batch.start(sequence)
             self.sampler.start(sequence)
+            self.forward.start(sequence.slot)
         inputs = self.batch.prepare(step)
         prepared = time.perf_counter()
-        run = Run(step, inputs, self._forward(inputs))
+        run = Run(step, inputs, self._forward(step, inputs))
         self.phases["prepare"] += prepared - began
         self.phases["forward"] += time.perf_counter() - prepared
         if not inputs.constrained:
@@ -100,24 +101,13 @@ class ModelRunner:
             run.sampled = self.sampler.sample(run.logits, run.inputs)
         self.phases["sample"] += time.perf_counter() - began
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
+    def _forward(self, step: Step, inputs: StepInputs) -> Tensor:
         if inputs.carried is not None:
             places, rows = inputs.carried
             inputs.input_ids[places] = self.sampler.last_tokens[rows]
-        metadata = attention.AttentionMetadata(
-            self.kernels,
-            self.cache.caches,
-            inputs.slots,
-            inputs.block_table,
-            inputs.seq_lens,
-            inputs.query_start,
-        )
-        logits = attention.forward(
-            self.model.module, inputs.input_ids, inputs.positions, metadata, inputs.logits_index
-        )
+        logits = self.forward(step, inputs)
         if inputs.copies is not None:
-            for k_cache, v_cache in self.cache.caches:
-                self.kernels.copy_blocks(k_cache, v_cache, *inputs.copies)
+            self.forward.copy_blocks(*inputs.copies)
         return logits
 
     def collect(self, run: Run) -> Result:

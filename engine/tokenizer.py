@@ -13,12 +13,15 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgspec
 import tokenizers
 
-from tokenmill.engine.chat_template import ChatTemplate
 from tokenmill.engine.messages import TokenizerInfo
+
+if TYPE_CHECKING:
+    from tokenmill.engine.chat_template import ChatTemplate
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -184,6 +187,9 @@ class Tokenizer:
         """The compiled chat template, or None where the model has none. `TemplateFault` when it is broken."""
         if self.info.chat_template is None:
             return None
+        # Imported only now: a server that renders no template starts without Jinja.
+        from tokenmill.engine.chat_template import ChatTemplate
+
         special = dict(self.info.special_tokens)
         if self.info.bos_token is not None:
             special.setdefault("bos_token", self.info.bos_token)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tokenmill.engine.tiny import make_tiny
 
@@ -51,7 +52,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def tiny_gguf(file: Path) -> Path:
-    """The tiny llama as a GGUF file of float32 tensors, with its tokenizer, as llama.cpp's converter writes it."""
+    """The tiny llama as a GGUF file of float32 tensors with its tokenizer, as llama.cpp writes it."""
     from gguf import GGUFWriter, TokenType
 
     folder = tiny("llama")
@@ -101,9 +102,15 @@ def _gguf_name(name: str) -> str:
 
 
 def _as_llama_cpp(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """llama.cpp turns neighbouring pairs of a head, transformers its two halves: rows of q and k change places."""
+    """llama.cpp turns neighbouring pairs of a head, transformers its halves: rows change places."""
     if "q_proj" in name or "k_proj" in name:
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         half = weight.shape[0] // heads // 2
         return weight.reshape(heads, 2, half, -1).transpose(1, 2).reshape(weight.shape)
     return weight
+
+
+def eager_model(folder: Path | str) -> Any:
+    """The checkpoint in transformers' own code with eager attention, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model.eval()

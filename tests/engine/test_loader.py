@@ -80,6 +80,7 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
     assert model.parameters == sum(x.numel() for x in load_file(folder / "model.safetensors").values())
     assert model.description == "llama, 0.115M parameters, float32 on cpu"
     assert not model.module.training
+    assert model.module.config.pad_token_id is None
     assert not any(x.requires_grad for x in model.module.parameters())
     assert {stage for stage, _ in stages} == {
         "finding the checkpoint",
@@ -90,14 +91,16 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
 
 
 def test_weights_stay_in_the_mapped_file() -> None:
-    model = load(tiny("llama", dtype="bfloat16"))
-    unfused: Any = model.module.get_submodule("model.layers.1.mlp.down_proj").weight
+    config = EngineConfig(source=str(tiny("llama", dtype="bfloat16")))
+    model = loader.load(config, lambda stage, fraction: None, fuse=False)
+    assert model.fused == 0
     mapped = [
         tuple(int(x, 16) for x in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
         if line.endswith("llama-dtype=bfloat16/model.safetensors")
     ]
-    assert any(begin <= unfused.data_ptr() < end for begin, end in mapped)
+    for weight in model.module.parameters():
+        assert any(begin <= weight.data_ptr() < end for begin, end in mapped)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints import eager_model
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.tiny import make_tiny
 
@@ -51,7 +52,6 @@ def reference_texts(
     model: torch.nn.Module, prompts: list[list[int]], eos: tuple[int, ...]
 ) -> list[list[int]]:
     """Greedy continuations from full recomputation with eager attention: no cache to get wrong."""
-    model.set_attn_implementation("eager")
     texts = []
     with torch.inference_mode():
         for prompt in prompts:
@@ -62,17 +62,19 @@ def reference_texts(
                 if ids[-1] in eos:
                     break
             texts.append(ids[len(prompt) :])
-    model.set_attn_implementation("tokenmill")
     return texts
 
 
+@pytest.mark.parametrize("fused_decoder", [True, False], ids=["decoder", "own-code"])
 @pytest.mark.parametrize("model_type", TYPES)
-def test_greedy_equals_eager_recomputation(model_type: str, tmp_path: Path) -> None:
+def test_greedy_equals_eager_recomputation(model_type: str, fused_decoder: bool, tmp_path: Path) -> None:
     folder = make_tiny(model_type, tmp_path / model_type)
-    llm = LLM(str(folder), max_context=128, num_blocks=200, dtype="float32")
+    llm = LLM(
+        str(folder), max_context=128, num_blocks=200, dtype="float32", fused_decoder=fused_decoder
+    )
     engine = llm.engine
     prompts = random_prompts(engine.model.logits_width)
-    expected = reference_texts(engine.model.module, prompts, engine.model.eos_ids)
+    expected = reference_texts(eager_model(folder), prompts, engine.model.eos_ids)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
     def greedy() -> list[list[int]]:
@@ -99,7 +101,7 @@ def test_greedy_survives_preemption(model_type: str, overlap: bool, tmp_path: Pa
     llm = LLM(str(folder), max_context=128, num_blocks=12, dtype="float32", overlap=overlap)
     engine = llm.engine
     prompts = random_prompts(engine.model.logits_width)
-    expected = reference_texts(engine.model.module, prompts, engine.model.eos_ids)
+    expected = reference_texts(eager_model(folder), prompts, engine.model.eos_ids)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0)
     outputs = llm.generate(prompts, params)
     assert [output.choices[0].token_ids for output in outputs] == expected

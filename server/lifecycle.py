@@ -1,0 +1,84 @@
+"""Runs the application until a signal, and ends it: drain, then stop, and at a second signal stop at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from tokenmill.server.http_protocol import BoundedHttpProtocol
+from tokenmill.server.registry import Registry
+
+logger = logging.getLogger("tokenmill")
+
+INTERRUPT_DRAIN_S = 0.5
+"""Ctrl-C means now: what runs gets a moment, so that all is over within two seconds."""
+FAREWELL_S = 1
+"""How long connections may take to close."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its own signal handling, which would stop listening before requests got their 503."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Lifecycle:
+    """One run of the server."""
+
+    def __init__(self, app: FastAPI, registry: Registry, drain_s: float) -> None:
+        self._registry = registry
+        self._drain_s = drain_s
+        self._ending: asyncio.Task[None] | None = None
+        self._now = asyncio.Event()
+        self._server = Server(
+            uvicorn.Config(
+                app,
+                http=BoundedHttpProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=FAREWELL_S,
+                backlog=2048,
+            )
+        )
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve on a bound socket until a signal has been dealt with."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        await self._server.serve(sockets=[listener])
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._ending is not None:
+            logger.info("stopping at once")
+            self._now.set()
+            return
+        seconds = INTERRUPT_DRAIN_S if number is signal.SIGINT else self._drain_s
+        self._ending = asyncio.get_running_loop().create_task(self._end(seconds))
+
+    async def _end(self, seconds: float) -> None:
+        """Let running requests finish for so long, refuse new ones meanwhile, then stop."""
+        registry = self._registry
+        registry.draining = True
+        if registry.unanswered:
+            logger.info("draining %d requests for up to %g s", registry.unanswered, seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while registry.unanswered and not self._now.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._now.wait(), 0.05)
+        await registry.stop()
+        self._server.should_exit = True

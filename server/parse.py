@@ -1,0 +1,197 @@
+"""A body becomes a `CompletionRequest`: parameters merged, names and conflicts checked, the rest refused."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from tokenmill.server.body import decode_object, without_nulls
+from tokenmill.server.errors import SHOWN, ApiError, bad_request, not_yet, shorten
+from tokenmill.server.protocol import CompletionRequest
+
+logger = logging.getLogger(__name__)
+
+EXTRA_PARAMS = ("inference_extra_params", "extra_body")
+ALIASES = {
+    "max_tokens": ("max_tokens", "max_completion_tokens", "max_new_tokens"),
+    "stop": ("stop", "stop_sequences"),
+    "inference_timeout": ("inference_timeout", "timeout"),
+    "inference_extra_headers": ("inference_extra_headers", "extra_headers"),
+}
+FORBIDDEN_HEADERS = frozenset(
+    ["authorization", "x-api-key", "cookie", "host", "content-length", "transfer-encoding"]
+)
+
+
+def parse_completion(body: bytes, warn_unknown: bool = False) -> CompletionRequest:
+    """The checked request of a body. Raises `ApiError` 400."""
+    values = merge_extra_params(decode_object(body))
+    for name in ("stream_options", "response_format"):
+        if isinstance(values.get(name), dict):
+            values[name] = without_nulls(values[name])
+    if warn_unknown:
+        known = CompletionRequest.model_fields
+        for name in [name for name in values if name not in known]:
+            logger.warning("unknown parameter %s is ignored", shorten(name))
+            del values[name]
+    merge_aliases(values)
+    try:
+        request = CompletionRequest.model_validate(values)
+    except ValidationError as error:
+        raise describe(error, CompletionRequest) from None
+    check_conflicts(request)
+    check_supported(request)
+    return request
+
+
+def merge_extra_params(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of `inference_extra_params` and `extra_body` as if they stood at the top."""
+    for name in EXTRA_PARAMS:
+        extra = values.pop(name, None)
+        if extra is None:
+            continue
+        if not isinstance(extra, dict):
+            raise bad_request(f"{name} must be an object, not {shorten(extra)}", name)
+        for key, value in without_nulls(extra).items():
+            if key in EXTRA_PARAMS:
+                raise bad_request(f"{name} can't hold another {key}", name)
+            if key in values and not _same(values[key], value):
+                raise bad_request(
+                    f"{key} is given twice, at the top and in {name}, with different values", key
+                )
+            values[key] = value
+    return values
+
+
+def merge_aliases(values: dict[str, Any]) -> None:
+    """Names that mean the same are one; two of them with different values are refused.
+
+    A value stays under the name that it came with where that is the only one, so that errors name it.
+    """
+    for names in ALIASES.values():
+        given = [name for name in names if name in values]
+        for other in given[1:]:
+            if not _same(values[given[0]], values[other]):
+                raise bad_request(f"{given[0]} and {other} mean the same and differ; give one of them", other)
+            del values[other]
+
+
+def _same(left: object, right: object) -> bool:
+    """Equality of JSON values: `true` isn't 1."""
+    return type(left) is type(right) and left == right
+
+
+def first_of(request: CompletionRequest, field: str) -> Any:
+    """The value of a field under whichever of its names it came, or None."""
+    return next((value for name in ALIASES[field] if (value := getattr(request, name)) is not None), None)
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """The first thing that is wrong, in one sentence: which field, what is allowed, what was given."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    param = path[0] if path else None
+    where = ".".join(path)
+    kind, given = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], list(model.model_fields), 1) if len(path) == 1 else []
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return bad_request(f"unknown parameter {shorten(where)}{hint}", where[:SHOWN], "unknown_parameter")
+    if kind == "missing":
+        return bad_request(f"{where} is required", param, "missing_parameter")
+    if kind == "refused":
+        return bad_request(f"{where}: {first['msg']}", param)
+    allowed = _range(model.model_fields.get(where)) if kind in _BOUNDS else None
+    allowed = allowed or _allowed(kind, first.get("ctx", {})) or first["msg"]
+    return bad_request(f"{where} must be {allowed}, not {shorten(given)}", param)
+
+
+_TYPES = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+_BOUNDS = {
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "greater_than": "above {gt}",
+    "less_than": "below {lt}",
+}
+_OTHERS = {
+    "literal_error": "one of {expected}",
+    "string_too_long": "at most {max_length} characters long",
+    "too_long": "at most {max_length} items long",
+}
+
+
+def _allowed(kind: str, context: Mapping[str, Any]) -> str | None:
+    """pydantic's error types in our words."""
+    template = _TYPES.get(kind) or _BOUNDS.get(kind) or _OTHERS.get(kind)
+    return template and template.format(**context)
+
+
+def _range(field: FieldInfo | None) -> str | None:
+    """All bounds of a number field, not only the one that was hit."""
+    bounds = [
+        f"{word} {getattr(bound, name):g}"
+        for bound in (field.metadata if field is not None else ())
+        for name, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+        if hasattr(bound, name)
+    ]
+    return " and ".join(bounds) or None
+
+
+def check_conflicts(request: CompletionRequest) -> None:
+    """What two fields together can't mean. Raises `ApiError` 400."""
+    if request.best_of is not None and request.best_of < request.n:
+        raise bad_request(f"best_of must be at least n ({request.n}), not {request.best_of}", "best_of")
+    if request.stream and request.candidates > request.n:
+        raise bad_request("best_of above n can't be streamed: the best is known at the end only", "best_of")
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options needs stream: true", "stream_options")
+    given = request.model_fields_set
+    if request.return_token_log_probs and "logprobs" in given and request.logprobs is not True:
+        raise bad_request("return_token_log_probs means logprobs: true, which has another value", "logprobs")
+    if request.top_logprobs and not request.chat_logprobs:
+        raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+    for name in first_of(request, "inference_extra_headers") or {}:
+        if name.lower() in FORBIDDEN_HEADERS:
+            param = next(name for name in ALIASES["inference_extra_headers"] if name in given)
+            raise bad_request(
+                f"{param}: {shorten(name)} concerns access or framing and can't be set here", param
+            )
+
+
+def check_supported(request: CompletionRequest) -> None:
+    """Refuse what this version can't do, wherever it would matter. Raises `ApiError` 400."""
+    if request.suffix:
+        raise bad_request("suffix: fill in the middle isn't supported", "suffix", "suffix_not_supported")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise not_yet("response_format", request.response_format.type)
+    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if getattr(request, name) is not None:
+            raise not_yet(name, "guided decoding")
+    if request.tools:
+        raise not_yet("tools", "tool calling")
+    if request.tool_choice not in (None, "none", "auto"):
+        raise not_yet("tool_choice", f"{shorten(request.tool_choice)} without tools")
+    if request.prediction is not None:
+        raise not_yet("prediction", "predicted output")
+    if request.audio is not None or "audio" in (request.modalities or ()):
+        param = "audio" if request.audio is not None else "modalities"
+        raise bad_request("this model can't speak", param, "unsupported_modality")
+    if request.chat_template_kwargs:
+        raise not_yet("chat_template_kwargs", "a chat template for completions")
+    if request.reasoning_effort is not None:
+        raise not_yet("reasoning_effort", "a chat template for completions")

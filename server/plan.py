@@ -1,0 +1,84 @@
+"""What a configuration asks for, before anything runs: names, variants, engines. Needs nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.server.config import Config, Deployment, Entry, Limits, engine_config
+from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """What a name stands for: a model's engine with this entry's or deployment's own settings."""
+
+    name: str
+    root: str
+    """The entry's name; differs from `name` for a deployment."""
+    engine: str
+    """Key of the engine that serves it."""
+    limits: Limits
+    sampling: dict[str, Any]
+    force: dict[str, Any]
+    timeout_s: float
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a configuration asks for, before anything runs."""
+
+    variants: dict[str, Variant]
+    aliases: dict[str, str]
+    engines: dict[str, EngineConfig]
+    entries: dict[str, Entry]
+    """The entry that each engine comes from."""
+
+
+def make_plan(config: Config) -> Plan:
+    """Entries and deployments as variants. One engine an entry, and one a deployment quantized otherwise."""
+    plan = Plan(variants={}, aliases={}, engines={}, entries={})
+    for name, entry in config.models.items():
+        plan.engines[name], plan.entries[name] = engine_config(entry, config.defaults), entry
+        timeout_s = entry.timeout_s or config.defaults.timeout_s
+        plan.variants[name] = Variant(
+            name=name,
+            root=name,
+            engine=name,
+            limits=entry.limits,
+            sampling=entry.sampling,
+            force=entry.force,
+            timeout_s=timeout_s,
+        )
+        plan.aliases.update(dict.fromkeys(entry.aliases, name))
+        for part, deployment in entry.deployments.items():
+            own = f"{name}/{part}"
+            plan.aliases.update(dict.fromkeys(deployment.aliases, own))
+            plan.variants[own] = _deployment(own, plan.variants[name], deployment)
+            if deployment.quantization not in (None, entry.quantization):
+                plan.engines[own] = engine_config(entry, config.defaults, deployment.quantization)
+                plan.entries[own] = entry
+                plan.variants[own] = msgspec.structs.replace(plan.variants[own], engine=own)
+    return plan
+
+
+def _deployment(name: str, parent: Variant, deployment: Deployment) -> Variant:
+    return Variant(
+        name=name,
+        root=parent.name,
+        engine=parent.engine,
+        limits=deployment.limits or parent.limits,
+        sampling={**parent.sampling, **deployment.sampling},
+        force={**parent.force, **deployment.force},
+        timeout_s=deployment.timeout_s or parent.timeout_s,
+    )
+
+
+def spawn_preloaded(plan: Plan, command: Sequence[str] = ENGINE_COMMAND) -> dict[str, EngineProcess]:
+    """Start the engine processes of all models that are to be loaded at once. Raises `OSError`."""
+    return {
+        name: EngineProcess.spawn(config, command)
+        for name, config in plan.engines.items()
+        if plan.entries[name].load == "preload"
+    }

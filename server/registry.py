@@ -1,0 +1,137 @@
+"""Names to models: entries, deployments and aliases of `models.yaml`, and the life of their engines."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from tokenmill.server.config import Config
+from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
+from tokenmill.server.errors import ApiError, bad_request, shorten, unavailable
+from tokenmill.server.metrics import Snapshot
+from tokenmill.server.model import Model, Progress, Status
+from tokenmill.server.plan import Variant, make_plan
+
+logger = logging.getLogger(__name__)
+
+
+class Registry:
+    """All models of a running server. Made inside the event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        processes: Mapping[str, EngineProcess] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan = make_plan(config)
+        self.created = int(time.time())
+        self.draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+        idle = config.defaults.idle_unload_s
+        self._models = {
+            name: Model(
+                name,
+                engine,
+                lazy=self.plan.entries[name].load == "lazy",
+                idle_unload_s=_or(self.plan.entries[name].idle_unload_s, idle),
+                watchdog_s=config.server.watchdog_s,
+                load_wait_s=config.server.load_wait_s,
+                max_queue=config.server.max_queue,
+                command=command,
+                process=(processes or {}).get(name),
+                progress=progress,
+            )
+            for name, engine in self.plan.engines.items()
+        }
+
+    def start(self) -> None:
+        """Begin to supervise every model."""
+        for model in self._models.values():
+            task = asyncio.get_running_loop().create_task(model.supervise(), name=f"supervise {model.name}")
+            task.add_done_callback(_log_failure)
+            self._tasks.append(task)
+
+    async def stop(self) -> None:
+        """End every engine process at once."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def variants(self) -> Iterator[Variant]:
+        """Entries and deployments, in the order of the file."""
+        return iter(self.plan.variants.values())
+
+    def resolve(self, name: str | None) -> tuple[Variant, Model]:
+        """The variant that a request's `model` names. Raises `ApiError`: 404, or 503 while draining."""
+        if self.draining:
+            raise unavailable("the server is shutting down", "draining", 1)
+        if name is None:
+            if len({variant.root for variant in self.plan.variants.values()}) > 1:
+                raise bad_request(f"model: say which one: {', '.join(self.plan.variants)}", "model")
+            name = next(iter(self.plan.variants))
+        return self.find(name)
+
+    def find(self, name: str) -> tuple[Variant, Model]:
+        """The variant of a name or alias. Raises `ApiError` 404 with close matches."""
+        variant = self.plan.variants.get(self.plan.aliases.get(name, name))
+        if variant is None:
+            known = [*self.plan.variants, *self.plan.aliases]
+            close = {
+                match.lower()
+                for match in difflib.get_close_matches(name.lower(), map(str.lower, known), 3, 0.5)
+            }
+            options = [candidate for candidate in known if candidate.lower() in close] or list(
+                self.plan.variants
+            )[:5]
+            message = f"the model {shorten(name)} doesn't exist here; did you mean {' or '.join(options)}?"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return variant, self._models[variant.engine]
+
+    def describe(self, variant: Variant) -> dict[str, object]:
+        """A row of `GET /v1/models`."""
+        model = self._models[variant.engine]
+        row: dict[str, object] = {
+            "id": variant.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": variant.root.split("/")[0],
+            "root": variant.root,
+            "max_model_len": model.engine.context if model.engine is not None else None,
+            "status": model.status,
+        }
+        if model.reason is not None:
+            row["reason"] = model.reason
+        return row
+
+    def health(self) -> tuple[bool, dict[str, Status]]:
+        """Whether at least one model serves, and the status of each."""
+        serves = not self.draining and any(model.serves for model in self)
+        return serves, {model.name: model.status for model in self}
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """What `/metrics` shows."""
+        for model in self:
+            yield Snapshot(model.name, model.status == "loaded", model.queued, model.stats, model.metrics)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests that are admitted and not finished."""
+        return sum(model.queued + model.started for model in self)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)

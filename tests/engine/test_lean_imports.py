@@ -1,0 +1,82 @@
+"""An engine process leaves out what it doesn't use of torch and transformers, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from checkpoints import tiny
+
+LOAD = """
+import json, sys, torch
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine import guards, loader
+model = loader.load(EngineConfig(source=sys.argv[1]), lambda *stage: None)
+texts = [torch.arange(3, 3 + n) for n in guards.LENGTHS]
+logits = torch.cat(guards.run_paged(model.module, texts))
+heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy", "sklearn")
+print(json.dumps([logits.flatten().tolist()[:2000], [x for x in heavy if x in sys.modules]]))
+"""
+LEAN = "from tokenmill.engine.lean_imports import import_transformers\nlean = import_transformers()\n"
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_model_is_the_same_without_the_rest(model_type: str) -> None:
+    folder = str(tiny(model_type))
+    plain, _ = json.loads(run(LOAD, folder))
+    lean, heavy = json.loads(run(LEAN + "assert lean" + LOAD, folder))
+    assert lean == plain
+    assert heavy == []
+
+
+def test_what_was_left_out_can_be_imported_later() -> None:
+    script = """
+assert lean
+import gc, sys, torch
+assert "torch._dynamo" not in sys.modules and "_dynamo" not in vars(torch)
+assert torch.distributed.is_available() and gc.isenabled()
+import importlib
+indexing = importlib.import_module("transformers.masking_utils").TransformGetItemToIndex()
+assert type(indexing).__module__.startswith("torch._dynamo"), type(indexing)
+assert callable(torch._dynamo.reset)
+import scipy.optimize
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+"""
+    assert run(LEAN + script) == "2.0\n"
+
+
+def test_a_process_that_has_transformers_already_stays_as_it_is() -> None:
+    script = """
+import transformers.modeling_utils
+from tokenmill.engine.lean_imports import import_transformers
+print(import_transformers(), transformers.utils.is_torch_distributed_available())
+"""
+    assert run(script) == "False True\n"
+
+
+def test_a_transformers_that_needs_the_rest_is_imported_plainly() -> None:
+    script = """
+import sys
+from tokenmill.engine import lean_imports
+lean_imports.USED = ("modeling_utils", "no_such_module")
+print(lean_imports.import_transformers(), any(x.startswith("transformers") for x in sys.modules))
+import transformers.modeling_utils
+print(transformers.utils.is_torch_distributed_available(), "torch._dynamo" in sys.modules)
+"""
+    assert run(script) == "False False\nTrue True\n"

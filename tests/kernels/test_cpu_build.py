@@ -1,0 +1,134 @@
+"""Building and choosing the CPU library: cached, safe against races, and never fatal."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenmill.kernels.cpu import build, isa, library
+
+BUILD = "from tokenmill.kernels.cpu import build, isa; print(build.build(isa.supported()[-1]))"
+NO_COMPILER = """
+import os, torch
+os.environ["PATH"] = ""
+os.environ.pop("CXX", None)
+from tokenmill.kernels.cpu import library
+print(library.current(), library.current())
+"""
+
+
+def in_process(code: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_that_race_all_get_a_whole_library(tmp_path: Path) -> None:
+    racers = [in_process(BUILD, TOKENMILL_CACHE=str(tmp_path)) for _ in range(2)]
+    answers = [racer.communicate(timeout=200) for racer in racers]
+    (made,) = (tmp_path / "kernels").iterdir()
+    assert [output.strip() for output, _ in answers] == [str(made)] * 2, answers
+    assert ctypes.CDLL(str(made)).tm_probe() == 0
+
+
+def test_no_compiler_is_one_line_and_plain_torch(tmp_path: Path) -> None:
+    output, complaint = in_process(NO_COMPILER, TOKENMILL_CACHE=str(tmp_path)).communicate(timeout=60)
+    assert output.strip() == "None None"
+    assert complaint.count("\n") == 1
+    assert "no C++ compiler" in complaint
+
+
+def test_a_failed_build_names_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    unknown = isa.InstructionSet("unknown", frozenset(), ("-mno-such-option",))
+    with pytest.raises(build.BuildError, match="no-such-option") as error:
+        build.build(unknown)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_a_build_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TOKENMILL_CACHE", str(blocked))
+    with pytest.raises(build.BuildError, match="cannot write"):
+        build.build(isa.supported()[-1])
+
+
+def test_the_name_follows_sources_compiler_and_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = build.find_compiler()
+    plain, other = isa.supported()[-1], isa.InstructionSet("other", frozenset(), ("-g",))
+    names = {build._fingerprint(compiler, plain), build._fingerprint(compiler, other)}
+    sources = tmp_path / "src"
+    sources.mkdir()
+    (sources / "linear.cpp").write_text("int main() {}")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    names.add(build._fingerprint(compiler, plain))
+    assert len(names) == 3
+
+
+def test_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert build.cache_folder() == Path("/a")
+    monkeypatch.delenv("TOKENMILL_CACHE")
+    assert build.cache_folder() == Path("/b/tokenmill")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_folder() == Path.home() / ".cache" / "tokenmill"
+
+
+def test_the_next_best_set_serves_when_the_best_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = isa.InstructionSet("broken", frozenset(), ("-mno-such-option",))
+    plain = isa.supported()[-1]
+    monkeypatch.setattr(library, "supported", lambda: (broken, plain))
+    monkeypatch.setattr(library, "_current", None)
+    monkeypatch.setattr(library, "_tried", False)
+    with caplog.at_level(logging.WARNING):
+        chosen = library.current()
+    assert chosen is not None
+    assert chosen.isa == plain.name
+    assert len(caplog.records) == 1
+
+
+def test_a_forked_child_computes_on_its_own() -> None:
+    code = """
+import os, torch
+from tokenmill.kernels.cpu import library
+from tokenmill.kernels.cpu.linear import PackedLinear
+library.required(); library.set_threads(3)
+linear, x = PackedLinear(torch.ones(400, 64)), torch.ones(4, 64)
+before = linear(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(torch.equal(linear(x), before) for _ in range(20)) else 1)
+print(os.waitpid(child, 0)[1], torch.equal(linear(x), before))
+"""
+    output, complaint = in_process(code).communicate(timeout=100)
+    assert output.strip() == "0 True", complaint
+
+
+def test_threads_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        library.set_threads(0)
+
+
+def test_types_that_the_kernels_do_not_take() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        library.type_of(torch.zeros(1, dtype=torch.float16))

@@ -1,0 +1,65 @@
+"""Every kernel compiles for sm_90 and fits the chip, shown without one (kernels/gpu/offline.py).
+
+One process compiles them all, since the interpreter's switch is read when the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+SHARED_LIMIT = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tokenmill.kernels.gpu.warmup", "--offline"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines: list[dict[str, Any]] = json.loads(done.stdout)
+    return lines
+
+
+def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
+    expected = {
+        "rms_norm_kernel", "activation_mul_kernel", "store_kernel", "rope_store_kernel", "copy_kernel",
+        "plan_kernel", "decode_kernel", "tiles_kernel", "prefill_kernel", "adjust_kernel", "bias_kernel",
+        "bitmask_kernel", "threshold_kernel", "keep_kernel", "choose_kernel", "logprobs_kernel",
+        "linear_kernel", "route_kernel", "count_kernel", "lay_out_kernel", "expert_kernel", "sum_kernel",
+    }  # fmt: skip
+    assert {kernel["name"] for kernel in kernels} == expected
+
+
+def test_they_fit_a_multiprocessor_without_spilling(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_LIMIT, kernel
+        # The threshold search trades some spilled words for a second program a multiprocessor.
+        assert kernel["stack"] <= (160 if kernel["name"] == "threshold_kernel" else 16), kernel
+        assert kernel["registers"] * 32 * kernel["warps"] <= 65536, kernel
+
+
+def test_overlapping_kernels_wait_before_they_read(kernels: list[dict[str, Any]]) -> None:
+    waiting = {kernel["name"] for kernel in kernels if kernel["overlap"] and kernel["waits"]}
+    assert waiting >= {
+        "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel",
+        "activation_mul_kernel", "store_kernel",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert not kernel["reads_before_wait"], kernel
+        assert kernel["overlap"] or not kernel["waits"], kernel
+        if kernel["overlap"] and kernel["name"] == "linear_kernel":
+            assert kernel["prefetches_before_wait"], kernel
+
+
+def test_the_matmuls_use_the_matrix_units(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        if kernel["name"] in ("decode_kernel", "linear_kernel", "expert_kernel"):
+            assert kernel["mma"] or kernel["wgmma"], kernel
+        if kernel["name"] == "prefill_kernel":
+            assert kernel["wgmma"], kernel

@@ -1,0 +1,61 @@
+"""The self-check itself, small, under Triton's interpreter; and that it would notice a fault."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenmill.kernels import gpu
+from tokenmill.kernels.gpu import selfcheck
+from tokenmill.kernels.gpu.cases import poisoned, relative_error
+from tokenmill.kernels.gpu.jit import FP8, check_toolchain
+from tokenmill.kernels.gpu.microbench import measure_all
+from tokenmill.kernels.gpu.norms import rms_norm
+
+CPU = torch.device("cpu")
+
+
+def test_every_kernel_passes() -> None:
+    results = selfcheck.check_all(CPU, seed=11)
+    assert len(results) > 60
+    assert [result for result in results if not result.passed] == []
+
+
+def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, **keywords: Tensor) -> Tensor:
+        return rms_norm(x, weight, 20000 * eps, offset, **keywords)
+
+    monkeypatch.setattr(gpu, "rms_norm", wrong)
+    failed = [result.name for result in selfcheck._elementwise(selfcheck._bench(CPU, 0)) if not result.passed]
+    assert any(name.startswith("rms_norm") for name in failed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8, torch.int32])
+def test_poison_left_in_an_output_is_an_infinite_error(dtype: torch.dtype) -> None:
+    out = poisoned(2, 3, dtype=dtype, device=CPU)
+    assert relative_error(out.float(), torch.ones(2, 3)) > 1e6
+
+
+def test_relative_error_agrees_about_infinities() -> None:
+    reference = torch.tensor([1.0, float("-inf"), 2.0])
+    assert relative_error(reference.clone(), reference) == 0.0
+    assert relative_error(torch.tensor([1.0, 5.0, 2.0]), reference) == float("inf")
+    assert relative_error(torch.tensor([1.0, float("-inf"), float("nan")]), reference) == float("inf")
+
+
+def test_nothing_is_timed_without_a_gpu() -> None:
+    assert check_toolchain() is None
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        measure_all(CPU)
+
+
+def test_every_name_of_the_package_resolves() -> None:
+    for name in gpu.__all__:
+        assert callable(getattr(gpu, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gpu.nothing

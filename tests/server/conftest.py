@@ -1,0 +1,33 @@
+"""Live servers over scripted engine processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from live_server import MODEL, ONE_MODEL, LiveServer, eventually
+
+from tokenmill.server.config_file import parse_config
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[LiveServer]:
+    """A server with one fast model, shared by the tests that don't break it."""
+    with LiveServer(parse_config(ONE_MODEL)) as live:
+        eventually(lambda: live.client.get("/health").json()["models"] == {MODEL: "loaded"})
+        yield live
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., LiveServer]]:
+    """Starts servers of a test's own: `start(yaml_text, mode=…, keys=…)`."""
+    running: list[LiveServer] = []
+
+    def begin(text: str = ONE_MODEL, mode: str = "", keys: tuple[str, ...] = ()) -> LiveServer:
+        live = LiveServer(parse_config(text), mode, keys)
+        running.append(live.__enter__())
+        return live
+
+    yield begin
+    for live in running:
+        live.__exit__()

@@ -1,0 +1,329 @@
+"""`tokenmill serve` as a process: start, signals, orphans, and one-line refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from live_server import FAKE_ENGINE, eventually
+
+from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
+from tokenmill.server.cli import StartError, main, make_config
+from tokenmill.server.console import Console
+
+RUN = """
+import sys
+from tokenmill.server.cli import main
+code = main(sys.argv[2:], (sys.executable, *sys.argv[1].split()))
+print("imported:", [name for name in ("torch", "transformers") if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+CONFIG = 'models: {toy/echo: {source: "fake:step_s=0.01", max_context: 100000}}'
+
+
+class Served:
+    """A `tokenmill serve` process over the scripted engine."""
+
+    def __init__(self, folder: Path, config: str, *options: str, mode: str = "") -> None:
+        path = folder / "served.yaml"
+        path.write_text(config)
+        command = [sys.executable, "-c", RUN, f"{FAKE_ENGINE} --mode={mode}"]
+        arguments = ["serve", "--config", str(path), "--port", "0", *options]
+        self.process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def url(self) -> str:
+        eventually(lambda: "starting on" in self.log or self.process.poll() is not None)
+        found = re.search(r"starting on (\S+)", self.log)
+        assert found is not None, self.log
+        return found.group(1)
+
+    def wait_ready(self) -> None:
+        eventually(lambda: "ready after" in self.log)
+
+    def engines(self) -> list[int]:
+        """Process ids of its engines, by their session's parent."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def end(self, number: signal.Signals, within: float = 20) -> int:
+        """Send a signal; the exit code. Fails when the process takes longer."""
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=within)
+        self._reader.join(timeout=5)
+        return code
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    running: list[Served] = []
+
+    def begin(config: str = CONFIG, *options: str, mode: str = "") -> Served:
+        running.append(Served(tmp_path, config, *options, mode=mode))
+        return running[-1]
+
+    yield begin
+    for served in running:
+        if served.process.poll() is None:
+            served.process.kill()
+        served.process.wait()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (one that has ended and waits for its parent doesn't)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def stream_in_thread(url: str, tokens: int) -> tuple[threading.Thread, list[str]]:
+    """A stream that is being read; its lines."""
+    lines: list[str] = []
+
+    def read() -> None:
+        body = {"prompt": "abc", "stream": True, "max_tokens": tokens}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+            lines.extend(line for line in response.iter_lines() if line)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread, lines
+
+
+def test_serves_and_tells_how(serve: Serve) -> None:
+    served = serve()
+    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "abc", "max_tokens": 2}, timeout=30)
+    assert answer.json()["choices"][0]["text"] == "ab"
+    served.wait_ready()
+    assert "toy/echo: weights" in served.log
+    assert f"curl {served.url}/v1/completions" in served.log
+    assert served.end(signal.SIGINT) == 0
+    assert served.lines[-1] == "imported: []\n", "the front end serves without torch"
+
+
+def test_interrupt_ends_everything_soon(serve: Serve) -> None:
+    served = serve()
+    served.wait_ready()
+    thread, lines = stream_in_thread(served.url, 50_000)
+    eventually(lambda: len(lines) > 2)
+    (engine,) = served.engines()
+    assert served.end(signal.SIGINT, within=4) == 0
+    eventually(lambda: not alive(engine), seconds=1)
+    thread.join(timeout=5)
+    last = json.loads(lines[-1].removeprefix("data: "))
+    assert last["error"]["status_code"] == 503
+    assert "Traceback" not in served.log
+
+
+def test_interrupt_while_loading(serve: Serve) -> None:
+    served = serve('models: {toy/echo: {source: "fake:load_s=60"}}')
+    eventually(lambda: "weights" in served.log)
+    (engine,) = served.engines()
+    assert served.end(signal.SIGINT, within=4) == 0
+    eventually(lambda: not alive(engine), seconds=1)
+
+
+def test_terminate_lets_running_requests_finish(serve: Serve) -> None:
+    served = serve()
+    served.wait_ready()
+    url = served.url
+    thread, lines = stream_in_thread(url, 150)
+    eventually(lambda: len(lines) > 2)
+    served.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "draining" in served.log)
+    refused = httpx.post(f"{url}/v1/completions", json={"prompt": "abc"})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "draining"
+    thread.join(timeout=20)
+    assert lines[-1] == "data: [DONE]"
+    assert served.process.wait(timeout=10) == 0
+
+
+def test_terminate_gives_up_after_drain_s(serve: Serve) -> None:
+    served = serve("server: {drain_s: 0.3}\n" + CONFIG)
+    served.wait_ready()
+    thread, lines = stream_in_thread(served.url, 50_000)
+    eventually(lambda: len(lines) > 2)
+    assert served.end(signal.SIGTERM) == 0
+    thread.join(timeout=5)
+    assert "error" in json.loads(lines[-1].removeprefix("data: "))
+
+
+def test_second_signal_stops_at_once(serve: Serve) -> None:
+    served = serve()
+    served.wait_ready()
+    _, lines = stream_in_thread(served.url, 50_000)
+    eventually(lambda: len(lines) > 2)
+    (engine,) = served.engines()
+    served.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "draining" in served.log)
+    assert served.end(signal.SIGTERM, within=4) == 0
+    eventually(lambda: not alive(engine), seconds=1)
+
+
+def test_killed_front_end_leaves_no_orphan(serve: Serve) -> None:
+    served = serve()
+    served.wait_ready()
+    (engine,) = served.engines()
+    served.process.kill()
+    served.process.wait()
+    eventually(lambda: not alive(engine), seconds=2)
+
+
+def test_nothing_of_prompts_and_keys_is_logged(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 36."""
+    monkeypatch.setenv("TOKENMILL_API_KEYS", "sk-first-key, sk-second-key")
+    served = serve()
+    served.wait_ready()
+    body = {"prompt": "my secret prompt", "max_tokens": 1, "user": "mr-user"}
+    headers = {"authorization": "Bearer sk-second-key", "x-request-id": "a id\tof mine"}
+    assert httpx.post(f"{served.url}/v1/completions", json=body).status_code == 401
+    assert httpx.post(f"{served.url}/v1/completions", json=body, headers=headers).status_code == 200
+    assert httpx.get(f"{served.url}/sk-first-key%0A2026 INFO forged", headers=headers).status_code == 404
+    assert httpx.get(f"{served.url}/live").status_code == 200
+    served.end(signal.SIGINT)
+    assert "secret prompt" not in served.log
+    assert "sk-" not in served.log
+    assert "[redacted]" in served.log
+    assert "mr-user" not in served.log
+    assert not any(line.startswith("2026 INFO forged") for line in served.lines)
+    assert "\\n2026 INFO forged" in served.log
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("models:\n  a/b: {sourc: x}\n", "served.yaml:2:9: a/b has no key 'sourc'; did you mean 'source'?"),
+        ("models:\n\ta/b: {}\n", "served.yaml:2:1: "),
+    ],
+)
+def test_bad_configuration_is_one_line(serve: Serve, config: str, message: str) -> None:
+    """Row 38."""
+    served = serve(config)
+    assert served.process.wait(timeout=10) == 1
+    eventually(lambda: len(served.lines) == 2)
+    assert message in served.lines[0]
+
+
+def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Row 39."""
+    path = tmp_path / "m.yaml"
+    path.write_text(CONFIG)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--config", str(path), "--port", port]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tokenmill: can't listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_address_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(CONFIG)
+    assert main(["serve", "--config", str(path), "--host", "192.0.2.1"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["serve", "--config", str(tmp_path / "none.yaml")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none.yaml" in line
+
+
+def options(**given: object) -> Namespace:
+    names = ("config", "host", "port", "model", "name", "device", "dtype")
+    return Namespace(**{**dict.fromkeys(names), **given})
+
+
+def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    built_in = make_config(options())
+    assert list(built_in.models) == ["huggingfacetb/smollm2-135m-instruct"]
+    (tmp_path / "models.yaml").write_text(CONFIG)
+    assert list(make_config(options()).models) == ["toy/echo"]
+    changed = make_config(options(host="0.0.0.0", port=9, device="cpu", dtype="float32"))
+    assert (changed.server.host, changed.server.port) == ("0.0.0.0", 9)
+    assert {(entry.device, entry.dtype) for entry in changed.models.values()} == {("cpu", "float32")}
+    for source, name in (
+        ("Qwen/Qwen3-0.6B", "qwen/qwen3-0.6b"),
+        ("./My Model.gguf", "local/my-model"),
+        (str(tmp_path), f"local/{tmp_path.name.lower()}"),
+    ):
+        (model,) = make_config(options(model=source)).models
+        assert model == name
+    (model,) = make_config(options(model="x", name="a/b")).models
+    assert model == "a/b"
+    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"port": 70000}):
+        with pytest.raises(StartError):
+            make_config(options(**wrong))
+
+
+def test_repository_configuration_is_the_built_in_one() -> None:
+    path = Path(__file__).parents[2] / "models.yaml"
+    assert make_config(options(config=path)).models == make_config(options(config=None)).models
+
+
+READY = Ready(
+    tokenizer=TokenizerInfo(tokenizer_json="", vocab_size=1),
+    logits_width=1,
+    max_context=64,
+    block_size=16,
+    num_blocks=4,
+    max_batch=1,
+    fingerprint="f",
+    description="a toy",
+)
+
+
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_progress_line_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    terminal = Terminal()
+    console = Console("http://x", time.monotonic(), terminal)  # type: ignore[arg-type]
+    for fraction in (0.0, 0.5):
+        console.report("a/b", Loading("weights", fraction))
+    console.report("a/b", LoadFailed("no"))
+    assert terminal.text == "\r\x1b[Ka/b: weights   0%\r\x1b[Ka/b: weights  50%\r\x1b[K"
+    with caplog.at_level("INFO"):
+        console.report("a/b", READY)
+        console.report("a/c", READY)
+    assert caplog.text.count("curl ") == 1
