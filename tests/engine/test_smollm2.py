@@ -60,15 +60,17 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def expected(llm: LLM, model: Any) -> list[list[int]]:
-    """Greedy continuations by transformers' generate, one prompt at a time, on the same weights."""
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([llm.tokenizer.encode(prompt)])
-        out = model.generate(
-            ids, do_sample=False, max_new_tokens=NEW_TOKENS, attention_mask=torch.ones_like(ids)
-        )
-        answers.append(out[0, ids.shape[1] :].tolist())
-    return answers
+    """Greedy continuations by transformers' generate, the prompts padded to one batch."""
+    prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    out = model.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+    )
+    (eos,) = llm.engine.model.eos_ids
+    texts: list[list[int]] = [row[longest:].tolist() for row in out]
+    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in texts]
 
 
 def greedy(llm: LLM, prompts: list[str] = PROMPTS) -> list[list[int]]:

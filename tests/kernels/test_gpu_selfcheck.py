@@ -16,6 +16,7 @@ from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.jit import FP8, check_toolchain
 from tokenmill.kernels.gpu.microbench import measure_all
 from tokenmill.kernels.gpu.norms import rms_norm
+from tokenmill.kernels.gpu.overlap import launch_options
 
 CPU = torch.device("cpu")
 
@@ -52,6 +53,13 @@ def test_nothing_is_timed_without_a_gpu() -> None:
     assert check_toolchain() is None
     with pytest.raises(RuntimeError, match="CUDA device"):
         measure_all(CPU)
+
+
+def test_overlapping_launches_are_for_chips_only() -> None:
+    with gpu.overlapping_launches():
+        assert launch_options() == {"PDL": False}
+        assert torch.equal(gpu.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0), torch.ones(1, 4))
+    assert not gpu.supports_overlap(CPU)
 
 
 def test_every_name_of_the_package_resolves() -> None:
