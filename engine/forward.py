@@ -78,6 +78,7 @@ class PagedForward:
         if form is not None and config.fused_decoder:
             described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
             model.module = module = None
+            self._kernels.own_threads()
             return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels"
         if model.verdict.fusible:
             fusion.fuse_siblings(module)

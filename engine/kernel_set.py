@@ -51,6 +51,9 @@ class ReferenceKernels:
 
         return gated
 
+    def own_threads(self) -> None:
+        """A whole forward pass runs on these kernels now: libraries that would compete with their threads yield."""
+
     def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
         """Look-up of rows; `head` is the product over the same weight where the two are tied."""
         return lambda ids: weight[ids]
@@ -88,6 +91,10 @@ class CpuKernels(ReferenceKernels):
 
     def paged_attention(self, query: Tensor, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
         return self._attention.paged_attention(query.contiguous(), *args, **options)
+
+    def own_threads(self) -> None:
+        """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""
+        torch.set_num_threads(1)
 
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
         return self._linear.PackedLinear(join(weights), join_biases(weights, biases), gate)
