@@ -110,3 +110,21 @@ def test_another_seed_gives_another_text(llm: LLM, alone: list[int]) -> None:
 def test_without_a_seed_texts_differ(llm: LLM) -> None:
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     assert tokens_of(llm, params) != tokens_of(llm, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fused_decoder_gives_the_same_bits_in_any_crowd(folder: str, dtype: str) -> None:
+    llm = LLM(folder, max_context=128, num_blocks=300, dtype=dtype)
+    assert llm.engine.runner.forward.name == "fused decoder, cpu kernels"
+    params = SamplingParams(temperature=0.9, seed=3, max_tokens=30, ignore_eos=True, logprobs=4)
+    alone = llm.generate([PROMPT], params)[0].choices[0]
+    prompts, others = crowd(24)
+    for chunk in (512, 40, 5):
+        llm.engine.scheduler.max_batch_tokens = chunk
+        llm.engine.pool.reset_cache()
+        outputs = llm.generate([*prompts, PROMPT, PROMPT], [*others, params, params])
+        for output in outputs[-2:]:
+            choice = output.choices[0]
+            assert choice.token_ids == alone.token_ids
+            assert choice.logprobs == alone.logprobs
+            assert choice.top == alone.top
