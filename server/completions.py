@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tokenmill.server.admission import cache_salt, check_limits, make_job
+from tokenmill.server.admission import Job, cache_salt, check_limits, make_job
 from tokenmill.server.answer import Answer
 from tokenmill.server.body import read_body
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import ApiError, ClientGone, internal_error
-from tokenmill.server.generation import Generation
+from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.guard import Guard
-from tokenmill.server.model import Model
+from tokenmill.server.model import Engine, Model
 from tokenmill.server.parse import first_of, parse_completion
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
@@ -57,7 +59,12 @@ class CompletionEndpoint:
         """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
         context: RequestContext = scope["state"]["context"]
         body = await read_body(scope, receive, self._options.max_body)
-        request = parse_completion(body, self._options.warn_unknown)
+        await self.respond(parse_completion(body, self._options.warn_unknown), context, receive, send)
+
+    async def respond(
+        self, request: CompletionRequest, context: RequestContext, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request that is checked. Raises `ApiError` or `ClientGone`."""
         context.add_headers(first_of(request, "inference_extra_headers") or {})
         context.user = request.user
         variant, model = self._registry.resolve(request.model)
@@ -123,9 +130,9 @@ class Exchange:
         try:
             engine = await model.acquire()
             salt = cache_salt(self._options.salt_rule, context.api_key, request.user)
-            job = await make_job(request, self._variant, engine, context.headers, salt)
+            job = await self._job(engine, salt)
             generation = Generation(context, engine, job, guard, place, model.metrics, request.stream)
-            answer = Answer(generation, request, request.model or self._variant.name)
+            answer = self._answer(generation)
             try:
                 generation.start()
                 if request.stream:
@@ -139,6 +146,23 @@ class Exchange:
         finally:
             place.release()
 
+    async def _job(self, engine: Engine, salt: str) -> Job:
+        """The request in the engine's terms. Raises `ApiError` 400."""
+        return await make_job(self._request, self._variant, engine, self._context.headers, salt)
+
+    def _answer(self, generation: Generation) -> Writer:
+        return Answer(generation, self._request, self._request.model or self._variant.name)
+
+
+class Writer(Protocol):
+    """Writes the answer of a generation, whole or as the events of a stream."""
+
+    def whole(self) -> bytes: ...
+
+    def chunks(self, choices: Iterable[Choice]) -> bytes: ...
+
+    def end(self, with_done: bool) -> bytes: ...
+
 
 class Stream:
     """Server-sent events. They begin with the first news of the generation: an early failure has a status."""
@@ -147,7 +171,7 @@ class Stream:
         self._send = send
         self._context = context
 
-    async def run(self, generation: Generation, answer: Answer, with_done: bool) -> None:
+    async def run(self, generation: Generation, answer: Writer, with_done: bool) -> None:
         """Send chunks until every choice has ended."""
         while not generation.done:
             data = answer.chunks(await generation.news())

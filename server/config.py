@@ -12,6 +12,14 @@ from tokenmill.engine.sampling_params import MAX_CANDIDATES, MAX_TOP_LOGPROBS
 
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+MaxStop = Annotated[int, Meta(ge=0, le=64)]
+MaxLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+MaxCandidates = Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)]
+MaxPrompts = Annotated[int, Meta(ge=1, le=65536)]
+FimToken = Annotated[str, Meta(min_length=1)] | Annotated[int, Meta(ge=0)]
+FimOrder = Literal["psm", "spm", "spm2"]
+"""prefix-suffix-middle; suffix first, each after its token; suffix first between prefix and middle token."""
+SuffixWay = Literal["tokens", "rerank"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,11 +59,11 @@ class Defaults(Section, frozen=True, kw_only=True):
 class Limits(Section, frozen=True, kw_only=True):
     """`limits:` of an entry or deployment. A request asking for more gets 400."""
 
-    max_stop: Annotated[int, Meta(ge=0, le=64)] = 4
-    max_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] = MAX_TOP_LOGPROBS
-    max_n: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] = MAX_CANDIDATES
-    max_best_of: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] = MAX_CANDIDATES
-    max_prompts: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    max_stop: MaxStop = 4
+    max_logprobs: MaxLogprobs = MAX_TOP_LOGPROBS
+    max_n: MaxCandidates = MAX_CANDIDATES
+    max_best_of: MaxCandidates = MAX_CANDIDATES
+    max_prompts: MaxPrompts = 1024
     """Sequences of one request: its prompts times its candidates."""
 
 
@@ -66,13 +74,47 @@ class Speculation(Section, frozen=True, kw_only=True):
     ngram: bool = False
 
 
+class LimitsOverride(Section, frozen=True, kw_only=True):
+    """`limits:` of a deployment: what isn't given is as its entry has it."""
+
+    max_stop: MaxStop | None = None
+    max_logprobs: MaxLogprobs | None = None
+    max_n: MaxCandidates | None = None
+    max_best_of: MaxCandidates | None = None
+    max_prompts: MaxPrompts | None = None
+
+
+class DeploymentSpeculation(Section, frozen=True, kw_only=True):
+    """`speculation:` of a deployment. Drafting from the own text (`ngram`) belongs to the entry's engine."""
+
+    prediction: bool | None = None
+
+
+class FimMarkup(Section, frozen=True, kw_only=True):
+    """`fim:` as a map: the tokens of a model's own way to fill in the middle, by text or id."""
+
+    prefix: FimToken
+    suffix: FimToken
+    middle: FimToken | None = None
+    """What comes last; None where the prefix does (Codestral)."""
+    order: FimOrder = "psm"
+    stop: tuple[FimToken, ...] = ()
+    """Tokens that end what is filled in, beside the model's EOS and the three above."""
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """A named variant of an entry. It shares the entry's engine unless its quantization differs."""
 
     sampling: dict[str, Any] = {}
     force: dict[str, Any] = {}
-    limits: Limits | None = None
+    limits: LimitsOverride = LimitsOverride()
     quantization: Quantization | None = None
+    chat_template: str | None = None
+    tools: bool | None = None
+    tool_parser: str | None = None
+    fim: FimMarkup | str | bool | None = None
+    suffix: SuffixWay | None = None
+    speculation: DeploymentSpeculation = DeploymentSpeculation()
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
     aliases: list[str] = []
 
@@ -97,9 +139,14 @@ class Entry(Section, frozen=True, kw_only=True):
     compile: bool = False
     deterministic: Literal["auto"] | bool = "auto"
     chat_template: str | None = None
+    """A file that replaces the model's own."""
+    tools: bool = True
+    """Whether requests may bring tools."""
     tool_parser: str = "auto"
-    fim: Any = "auto"
-    suffix: str = "tokens"
+    fim: FimMarkup | str | bool = "auto"
+    """`auto`, a preset's name, the tokens themselves, or off."""
+    suffix: SuffixWay = "tokens"
+    """What a request's suffix does where the model has no tokens for it: refused, or candidates are ranked."""
     speculation: Speculation = Speculation()
     speech: str | None = None
     aliases: list[str] = []

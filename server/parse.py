@@ -30,7 +30,11 @@ FORBIDDEN_HEADERS = frozenset(
 
 def parse_completion(body: bytes, warn_unknown: bool = False) -> CompletionRequest:
     """The checked request of a body. Raises `ApiError` 400."""
-    values = merge_extra_params(decode_object(body))
+    return check_completion(merge_extra_params(decode_object(body)), warn_unknown)
+
+
+def check_completion(values: dict[str, Any], warn_unknown: bool = False) -> CompletionRequest:
+    """The checked request of the object that a body holds. Raises `ApiError` 400."""
     for name in ("stream_options", "response_format"):
         if isinstance(values.get(name), dict):
             values[name] = without_nulls(values[name])
