@@ -1,0 +1,117 @@
+"""The inner loop of every skinny matmul: a tile of rows times a stream of weights.
+
+Weights [out, in] are read once, in whole lines, several stages ahead; the few rows ride along in the matrix
+unit's 16. K is walked in one order that the weight's shape fixes, so a row's sums are the same among 1 or 16.
+"""
+
+from __future__ import annotations
+
+from tokenmill.kernels.gpu.jit import as_operand, dot, jit, tl
+
+
+@jit
+def _times_block(
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    real: tl.tensor,
+    w_ptr: tl.tensor,
+    w_at: tl.tensor,
+    valid: tl.tensor,
+    k: tl.tensor,
+    K: tl.tensor,
+    accumulator: tl.tensor,
+    POLICY: tl.constexpr,
+) -> tl.tensor:
+    """accumulator + x[:, k] w[:, k]^T for inputs `k` [BLOCK_K]; offsets `x_at` [M, 1] and `w_at` [N, 1]."""
+    x = tl.load(x_ptr + x_at + k[None, :], mask=real & (k < K)[None, :], other=0.0)
+    w_at = w_ptr + w_at + k[None, :]
+    w = tl.load(w_at, mask=valid & (k < K)[None, :], other=0.0, eviction_policy=POLICY)
+    return dot(x, tl.trans(as_operand(w, x.dtype)), accumulator)
+
+
+@jit
+def _times_int4_block(
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    real: tl.tensor,
+    w_ptr: tl.tensor,
+    w_at: tl.tensor,
+    scale_ptr: tl.tensor,
+    scale_at: tl.tensor,
+    valid: tl.tensor,
+    start: tl.tensor,
+    accumulator: tl.tensor,
+    GROUP: tl.constexpr,
+    POLICY: tl.constexpr,
+) -> tl.tensor:
+    """accumulator + x w^T over the two groups of inputs from `start` on, which are all there."""
+    j = tl.arange(0, GROUP)
+    low = tl.load(x_ptr + x_at + start + j[None, :], mask=real, other=0.0)
+    high = tl.load(x_ptr + x_at + start + GROUP + j[None, :], mask=real, other=0.0)
+    w_at = w_ptr + w_at + start // 2 + j[None, :]
+    packed = tl.load(w_at, mask=valid, other=0x88, eviction_policy=POLICY)
+    low_scale = tl.load(scale_ptr + scale_at + start // GROUP, mask=valid, other=0.0)
+    high_scale = tl.load(scale_ptr + scale_at + start // GROUP + 1, mask=valid, other=0.0)
+    zero = tl.zeros(accumulator.shape, tl.float32)
+    codes = as_operand((packed & 15).to(tl.int8) - 8, low.dtype)
+    accumulator += dot(low, tl.trans(codes), zero) * tl.trans(low_scale)
+    codes = as_operand((packed >> 4).to(tl.int8) - 8, low.dtype)
+    return accumulator + dot(high, tl.trans(codes), zero) * tl.trans(high_scale)
+
+
+@jit
+def accumulate(
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    real: tl.tensor,
+    w_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    outputs: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+) -> tl.tensor:
+    """x w^T over the inputs `first` .. `last`, for `outputs` [BLOCK_N] and, if GATED, for outputs + N.
+
+    `x_at` [BLOCK_M] are element offsets of the rows, `real` says which of them exist. GROUP > 0: the weight
+    is int4 and BLOCK_K two groups. Returns (sums, sums of the second half).
+    """
+    x_at, real = x_at[:, None], real[:, None]
+    valid = (outputs < N)[:, None]
+    line = outputs.to(tl.int64)[:, None]
+    # Few rows read each weight once: it shouldn't push the activations out of the L2 cache.
+    POLICY: tl.constexpr = "evict_first" if BLOCK_M <= 32 else ""
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        if GROUP > 0:
+            scale_at = line * (K // GROUP)
+            sums = _times_int4_block(
+                x_ptr, x_at, real, w_ptr, line * (K // 2), scale_ptr, scale_at, valid, start, sums,
+                GROUP, POLICY,
+            )  # fmt: skip
+            if GATED:
+                more = _times_int4_block(
+                    x_ptr, x_at, real, w_ptr, (line + N) * (K // 2),
+                    scale_ptr, (line + N) * (K // GROUP), valid, start, more,
+                    GROUP, POLICY,
+                )  # fmt: skip
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            sums = _times_block(x_ptr, x_at, real, w_ptr, line * K, valid, k, K, sums, POLICY)
+            if GATED:
+                more = _times_block(x_ptr, x_at, real, w_ptr, (line + N) * K, valid, k, K, more, POLICY)
+    return sums, more
+
+
+@jit
+def channel_scale(sums: tl.tensor, scale_ptr: tl.tensor, outputs: tl.tensor, N: tl.tensor) -> tl.tensor:
+    """sums [M, BLOCK_N] times the scales of its outputs."""
+    return sums * tl.load(scale_ptr + outputs, mask=outputs < N, other=0.0)[None, :]

@@ -1,0 +1,250 @@
+"""Each kernel's time on a GPU beside the limit that its bytes and operations set, measured in the same run.
+
+A kernel is captured several times into one CUDA graph, over inputs that together exceed the L2 cache, and the
+replays are timed with events: neither the host nor a warm cache flatters it. Importing this needs no GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels import gpu
+from tokenmill.kernels.gpu.linear_config import MEASURED, candidates
+from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
+
+Row = dict[str, float | str]
+
+_REPLAYS = 20
+_L2_BYTES = 128 << 20
+"""More than twice the L2 cache of an H200: what is touched in between has been evicted."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reached in this run."""
+
+    bytes_per_second: float  # device copy, bytes read and written
+    operations_per_second: float  # bfloat16 matmul, multiplications and additions
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time: calls over inputs of their own, and what one call has to move and compute."""
+
+    name: str
+    shape: str
+    calls: Sequence[Callable[[], object]]
+    bytes: float
+    operations: float = 0.0
+
+
+def seconds_of(calls: Sequence[Callable[[], object]]) -> float:
+    """Median seconds of one call, when `calls` follow each other in a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(_REPLAYS + 3):
+        begin, end = _event(), _event()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(float(begin.elapsed_time(end)) / 1e3 / len(calls))
+    return statistics.median(times[3:])
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def measure_limits(device: torch.device) -> Limits:
+    """Copy 1 GiB and multiply two random 8192 x 8192 matrices in bfloat16."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return Limits(
+        2 * source.numel() / seconds_of([lambda: target.copy_(source)]),
+        2 * 8192**3 / seconds_of([lambda: torch.mm(a, b, out=out)]),
+    )
+
+
+def _copies(bytes_of_one: float) -> int:
+    """How many inputs a graph needs so that none is still in the cache when its turn comes again."""
+    return max(1, min(64, int(_L2_BYTES // bytes_of_one) + 1))
+
+
+# outputs, inputs, activation: Llama-3.1-8B, Llama-3.2-1B and Qwen3-0.6B, and the first one's LM head
+_LINEARS = (
+    (6144, 4096, None), (4096, 4096, None), (28672, 4096, "silu"), (4096, 14336, None), (128256, 4096, None),
+    (3072, 2048, None), (2048, 2048, None), (16384, 2048, "silu"), (2048, 8192, None),
+    (4096, 1024, None), (1024, 2048, None), (6144, 1024, "silu"), (1024, 3072, None),
+)  # fmt: skip
+
+
+def _weights(weight: Tensor, name: str) -> list[Tensor | QuantizedWeight]:
+    """Copies of `weight` as `name` holds it, so many that together they don't fit the cache."""
+    one: Tensor | QuantizedWeight = weight
+    if name != "bf16":
+        one = gpu.quantize_fp8(weight) if name == "fp8" else gpu.quantize_int4(weight)
+    copies = [one]
+    for _ in range(_copies(_bytes(one)) - 1):
+        data, scale, group = stored(one)
+        copies.append(data.clone() if data is one else QuantizedWeight(data.clone(), scale.clone(), group))
+    return copies
+
+
+def _bytes(weight: Tensor | QuantizedWeight) -> float:
+    data, scale, _ = stored(weight)
+    return float(data.nbytes if data is weight else data.nbytes + scale.nbytes)
+
+
+def _linears(device: torch.device) -> Iterator[Work]:
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    space = gpu.make_linear_workspace(device)
+    for outputs, inputs, activation in _LINEARS:
+        for name in ("bf16", "fp8", "int4"):
+            weights = _weights(make(outputs, inputs), name)
+            for rows in (1, 16, 32):
+                x, out = make(rows, inputs), make(rows, outputs // (1 if activation is None else 2))
+                keywords = {"activation": activation, "out": out, "workspace": space}
+                calls = [partial(gpu.linear, x, weight, **keywords) for weight in weights]
+                label = f"{rows} x {inputs} to {outputs}{' gated' if activation else ''}"
+                moved = _bytes(weights[0]) + x.nbytes + out.nbytes
+                yield Work(f"linear {name}", label, calls, moved, 2.0 * rows * inputs * outputs)
+
+
+def _decode_attention(device: torch.device) -> Iterator[Work]:
+    heads, kv_heads, size, block, dtype = 32, 8, 128, 16, torch.bfloat16
+    make = partial(torch.randn, device=device, dtype=dtype)
+    for rows, context in ((1, 1024), (1, 8192), (1, 131072), (16, 2048), (64, 1024), (256, 1024)):
+        blocks = context // block
+        shape = (rows * blocks, kv_heads, block, size)
+        moved = 2.0 * rows * context * kv_heads * size * dtype.itemsize
+        caches = [(make(shape), make(shape)) for _ in range(_copies(moved))]
+        table = torch.randperm(rows * blocks, device=device).int().view(rows, blocks)
+        lengths = torch.full((rows,), context, dtype=torch.int32, device=device)
+        plan = gpu.make_decode_plan(rows, heads, kv_heads, size, size, dtype, device)
+        gpu.plan_decode(plan, lengths)
+        query, out = make(rows, heads, size), make(rows, heads, size)
+        decode = partial(gpu.paged_attention_decode, scale=0.1, plan=plan, out=out)
+        calls = [partial(decode, query, *cache, table, lengths) for cache in caches]
+        operations = 4.0 * rows * context * heads * size
+        yield Work("attention, decode", f"{rows} rows of {context}", calls, moved, operations)
+
+
+def _prefill_attention(device: torch.device) -> Iterator[Work]:
+    heads, kv_heads, size, block = 32, 8, 128, 16
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    for rows, length in ((1, 1024), (1, 8192), (8, 1024)):
+        blocks = length // block
+        k, v = (make(rows * blocks, kv_heads, block, size) for _ in range(2))
+        query, out = make(rows * length, heads, size), make(rows * length, heads, size)
+        table = torch.arange(rows * blocks, device=device).int().view(rows, blocks)
+        lengths = torch.full((rows,), length, dtype=torch.int32, device=device)
+        starts = (torch.arange(rows + 1, device=device) * length).int()
+        plan = gpu.plan_prefill(query, k, v, starts)
+        arguments = query, k, v, table, lengths, starts
+        prefill = partial(gpu.paged_attention_prefill, *arguments, scale=0.1, plan=plan, out=out)
+        operations = 2.0 * rows * length * length * heads * size
+        moved = 2.0 * query.nbytes + 2.0 * k.nbytes
+        yield Work("attention, prefill", f"{rows} x {length}", [prefill], moved, operations)
+
+
+def _rows_and_cache(device: torch.device) -> Iterator[Work]:
+    heads, kv_heads, size, hidden = 32, 8, 128, 4096
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    for rows in (1, 256, 8192):
+        x, residual, out, weight = make(rows, hidden), make(rows, hidden), make(rows, hidden), make(hidden)
+        norm = partial(gpu.add_rms_norm, x, residual, weight, 1e-5, out=out, total=residual)
+        yield Work("add_rms_norm", f"{rows} x {hidden}", [norm], 4.0 * x.nbytes)
+        qkv, angles = make(rows, (heads + 2 * kv_heads) * size), make(rows, size // 2).float()
+        caches = [make(rows // 16 + 1, kv_heads, 16, size) for _ in range(2)]
+        slots, query = torch.arange(rows, device=device), make(rows, heads, size)
+        rope = partial(gpu.rope_store, qkv, angles, angles, slots, *caches, heads=heads, out=query)
+        yield Work("rope_store", f"{rows} rows", [rope], 2.0 * qkv.nbytes + 2.0 * angles.nbytes)
+
+
+def _sampler(device: torch.device) -> Iterator[Work]:
+    width = 128256
+    for rows in (1, 32, 256):
+        logits, ones = torch.randn(rows, width, device=device) * 3, torch.ones(rows, device=device)
+        zeros, longs = torch.zeros_like(ones), torch.zeros(rows, dtype=torch.int64, device=device)
+        space = gpu.make_sampling_workspace(rows, width, device)
+        for name, top_k, top_p in (("plain", 0, 1.0), ("top_k and top_p", 50, 0.9), ("top_p", 0, 0.95)):
+            settings = zeros, torch.full_like(longs, top_k), torch.full_like(ones, top_p), longs, longs
+            sample = partial(
+                gpu.sample, filtered=name != "plain", workspace=space, out=torch.empty_like(longs)
+            )
+            calls = [partial(sample, logits, ones, *settings)]
+            yield Work(f"sample, {name}", f"{rows} x {width}", calls, float(logits.nbytes))
+        logprobs_space = gpu.make_logprobs_workspace(rows, width, device)
+        calls = [partial(gpu.token_logprobs, logits, longs, 5, workspace=logprobs_space)]
+        yield Work("token_logprobs, 5 best", f"{rows} x {width}", calls, float(logits.nbytes))
+
+
+def measure_all(device: torch.device, overlap: bool = False) -> list[Row]:
+    """Rows of kernel, shape, microseconds, bytes, operations, the limit's microseconds, the share of it.
+
+    With `overlap` a kernel's calls follow each other by programmatic dependent launch, as in a decode graph.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise RuntimeError("there is nothing to time without a CUDA device")
+    limits = measure_limits(device)
+    rows: list[Row] = []
+    for works in (_linears, _decode_attention, _prefill_attention, _rows_and_cache, _sampler):
+        for work in works(device):
+            with gpu.overlapping_launches(overlap and gpu.supports_overlap(device)):
+                seconds = seconds_of(work.calls)
+            bound = max(work.bytes / limits.bytes_per_second, work.operations / limits.operations_per_second)
+            rows.append(
+                {
+                    "kernel": work.name,
+                    "shape": work.shape,
+                    "microseconds": seconds * 1e6,
+                    "bytes": work.bytes,
+                    "operations": work.operations,
+                    "limit_microseconds": bound * 1e6,
+                    "share_of_limit": bound / seconds,
+                }
+            )
+    return rows
+
+
+def measure_linear_configs(
+    device: torch.device, outputs: int, inputs: int, activation: str | None
+) -> list[Row]:
+    """Every tiling that `linear_config` chooses among, timed for one bfloat16 weight and one row, best first.
+
+    This is where entries of `linear_config.MEASURED` come from. `outputs` are the weight's rows.
+    """
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    columns, bits = outputs // (1 if activation is None else 2), 16
+    key = columns, inputs, activation is not None, bits
+    weights, x, space = (
+        _weights(make(outputs, inputs), "bf16"),
+        make(1, inputs),
+        gpu.make_linear_workspace(device),
+    )
+    keywords = {"activation": activation, "out": make(1, columns), "workspace": space}
+    before = MEASURED.pop(key, None)
+    rows: list[Row] = []
+    for config in candidates(inputs, bits):
+        MEASURED[key] = config
+        seconds = seconds_of([partial(gpu.linear, x, weight, **keywords) for weight in weights])
+        rows.append({"config": str(config), "microseconds": seconds * 1e6})
+    del MEASURED[key]
+    if before is not None:
+        MEASURED[key] = before
+    return sorted(rows, key=lambda row: float(row["microseconds"]))

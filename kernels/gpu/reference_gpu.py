@@ -1,0 +1,84 @@
+"""Plain-torch twins of what `kernels/reference.py` has none for: linears with epilogues and expert layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels import reference
+from tokenmill.kernels.gpu.quantize import QuantizedWeight
+
+
+def _wide(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight.dequantized() if isinstance(weight, QuantizedWeight) else weight.float()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Twin of `skinny_linear.linear`, in float32 throughout and rounded once."""
+    out = x.float() @ _wide(weight).T
+    if bias is not None:
+        out = out + bias.float()
+    if activation is not None:
+        out = reference.activation_mul(out, activation)
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype)
+
+
+def route(
+    logits: Tensor,
+    top: int,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Twin of `moe_routing.route`."""
+    logits = logits.float()
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top]
+    weights = scores.gather(-1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if slots is not None:
+        padding = (slots < 0)[:, None]
+        ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)
+    return ids.int(), weights
+
+
+def mixture(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
+    activation: str,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Twin of `moe.mixture`, token by token in float32."""
+    first, second = _wide(gate_up), _wide(down)
+    out = torch.zeros(x.shape[0], second.shape[1], device=x.device)
+    for token, (experts, shares) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for rank, expert in enumerate(experts):
+            if expert < 0:
+                continue
+            hidden = first[expert] @ x[token].float()
+            if gate_up_bias is not None:
+                hidden = hidden + gate_up_bias[expert].float()
+            result = second[expert] @ reference.activation_mul(hidden[None], activation)[0]
+            if down_bias is not None:
+                result = result + down_bias[expert].float()
+            out[token] += shares[rank] * result
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype)
