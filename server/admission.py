@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,23 +9,25 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.sampling_params import SamplingParams
-from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import SAMPLING_KEYS
-from tokenmill.server.errors import ApiError, bad_request, shorten
+from tokenmill.server.errors import bad_request, shorten
+from tokenmill.server.fim import Fim
+from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.model import Engine
 from tokenmill.server.parse import ALIASES, first_of
 from tokenmill.server.plan import Variant
-from tokenmill.server.protocol import INT31, MAX_TOKENS_DEFAULT, CompletionRequest
+from tokenmill.server.prompts import (
+    PromptInput,
+    check_prompt,
+    encode_infill,
+    encode_prediction,
+    encode_prompts,
+)
+from tokenmill.server.protocol import MAX_TOKENS_DEFAULT, CompletionRequest
+from tokenmill.server.protocol_sampling import INT31
 
-INLINE_CHARACTERS = 20_000
-"""Longer prompts are encoded beside the event loop, so that streams don't wait for them."""
-
-
-class PromptInput(msgspec.Struct, frozen=True):
-    """One prompt: its token ids, and its text where it came as text and all of it is used."""
-
-    ids: list[int]
-    text: str | None = None
+RERANK_CANDIDATES = 4
+"""Candidates for an answer that is chosen by its suffix, where the request doesn't say `best_of`."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -36,6 +37,11 @@ class Job(msgspec.Struct, frozen=True):
     params: SamplingParams
     priority: int
     cache_salt: str
+    prediction: list[int] | None = None
+    suffix: list[int] | None = None
+    """The text to come, where candidates are ranked by how likely it is after them."""
+    grammar_param: str | None = None
+    """The field that the grammar came from, to be named when the engine can't compile it."""
 
 
 def check_limits(request: CompletionRequest, variant: Variant) -> None:
@@ -73,16 +79,18 @@ def sampling_values(request: CompletionRequest, variant: Variant) -> dict[str, A
             values[key] = forced
         elif given is None and key in variant.sampling:
             values[key] = variant.sampling[key]
-    values.setdefault("max_tokens", MAX_TOKENS_DEFAULT)
     stop = values.get("stop", ())
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))
     return values
 
 
-def sampling_params(request: CompletionRequest, variant: Variant, engine: Engine) -> SamplingParams:
+def sampling_params(
+    request: CompletionRequest, variant: Variant, engine: Engine, default_max_tokens: int = MAX_TOKENS_DEFAULT
+) -> SamplingParams:
     """The settings of a request for the engine. Raises `ApiError` 400."""
     values = sampling_values(request, variant)
+    values.setdefault("max_tokens", default_max_tokens)
     width = engine.ready.logits_width
     for token in values.get("logit_bias", ()):
         if token >= width:
@@ -117,70 +125,68 @@ def sampling_params(request: CompletionRequest, variant: Variant, engine: Engine
 
 
 async def make_job(
-    request: CompletionRequest, variant: Variant, engine: Engine, headers: Mapping[str, str], cache_salt: str
+    request: CompletionRequest,
+    variant: Variant,
+    engine: Engine,
+    headers: Mapping[str, str],
+    cache_salt: str,
+    *,
+    default_max_tokens: int | None = MAX_TOKENS_DEFAULT,
 ) -> Job:
-    """Prompts as token ids that fit the model, with their settings. Raises `ApiError` 400."""
-    params = sampling_params(request, variant, engine)
-    prompts = await _encode(request, engine)
-    for prompt in prompts:
-        _check_prompt(prompt.ids, params.max_tokens, engine)
-    return Job(prompts, params, _priority(request, headers), cache_salt)
+    """Prompts as token ids that fit the model, with their settings. Raises `ApiError` 400.
 
-
-async def _encode(request: CompletionRequest, engine: Engine) -> list[PromptInput]:
-    keep = request.truncate_prompt_tokens
-    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-    if not texts:
-        lists = [prompt for prompt in request.prompt if isinstance(prompt, list)]
-        return [PromptInput(ids[-keep:] if keep is not None else ids) for ids in lists]
-    tokenizer = engine.tokenizer
-    size = sum(map(len, texts))
-    if size <= INLINE_CHARACTERS:
-        encoded = tokenizer.encode_batch(texts, request.add_special_tokens)
+    `default_max_tokens` None: what the longest prompt leaves of the context.
+    """
+    fim = await _fim(request, variant, engine)
+    if fim is None:
+        prompts = await encode_prompts(request, engine)
     else:
-        if keep is None:
-            _check_length(texts, engine)
-        encoded = await asyncio.to_thread(tokenizer.encode_batch, texts, request.add_special_tokens)
-    prompts = []
-    for text, ids in zip(texts, encoded, strict=True):
-        ids = ids or [_start_token(tokenizer)]
-        cut = keep is not None and len(ids) > keep
-        prompts.append(PromptInput(ids[-keep:] if keep and cut else ids, None if cut else text))
-    return prompts
+        prompts = await encode_infill(request, engine, fim)
+    if default_max_tokens is None:
+        default_max_tokens = max(0, engine.context - max(len(prompt.ids) for prompt in prompts))
+    params = sampling_params(request, variant, engine, default_max_tokens)
+    requested = requested_grammar(request)
+    if requested is not None:
+        params = msgspec.structs.replace(params, grammar=requested.grammar)
+    if fim is not None and not params.ignore_eos:
+        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *fim.stop))
+    suffix: list[int] | None = None
+    if request.suffix and fim is None:
+        suffix = engine.tokenizer.encode(request.suffix, add_special_tokens=False, split_special=True)
+        params = with_candidates(params, variant)
+    for prompt in prompts:
+        check_prompt(prompt.ids, params.max_tokens + len(suffix or ()), engine)
+    prediction = None
+    if request.prediction is not None and variant.predicts:
+        prediction = await encode_prediction(request.prediction.text, engine)
+    return Job(
+        prompts,
+        params,
+        _priority(request, headers),
+        cache_salt,
+        prediction or None,
+        suffix,
+        None if requested is None else requested.param,
+    )
 
 
-def _check_length(texts: list[str], engine: Engine) -> None:
-    """Refuse a text that can't fit before spending time on encoding it."""
-    for text in texts:
-        least = len(text) // engine.tokenizer.longest_token
-        if least > engine.context:
-            raise _too_long(f"your prompt has at least {least}", "prompt", engine)
+async def _fim(request: CompletionRequest, variant: Variant, engine: Engine) -> Fim | None:
+    """How to honour the suffix with tokens; None where there is none, or where candidates are ranked by it."""
+    if not request.suffix:
+        return None
+    fim = await engine.fim(variant.fim)
+    if fim is None and variant.suffix != "rerank":
+        message = f"suffix: {variant.name} has no tokens for filling in the middle"
+        raise bad_request(message, "suffix", "suffix_not_supported")
+    return fim
 
 
-def _start_token(tokenizer: Tokenizer) -> int:
-    """What an empty prompt starts from."""
-    info = tokenizer.info
-    if info.bos_id is not None:
-        return info.bos_id
-    if info.eos_ids:
-        return info.eos_ids[0]
-    raise bad_request("prompt is empty, and this model has no token to start from", "prompt")
-
-
-def _check_prompt(ids: list[int], max_tokens: int, engine: Engine) -> None:
-    width = engine.ready.logits_width
-    if max(ids) >= width:
-        wrong = next(token for token in ids if token >= width)
-        raise bad_request(f"prompt: token {wrong} is outside the model's vocabulary of {width}", "prompt")
-    if len(ids) + max_tokens > engine.context:
-        param = "prompt" if len(ids) >= engine.context else "max_tokens"
-        parts = f"{len(ids)} in the prompt, {max_tokens} for the completion"
-        raise _too_long(f"you asked for {len(ids) + max_tokens} ({parts})", param, engine)
-
-
-def _too_long(asked: str, param: str, engine: Engine) -> ApiError:
-    message = f"This model's maximum context length is {engine.context} tokens, but {asked}"
-    return bad_request(message, param, "context_length_exceeded")
+def with_candidates(params: SamplingParams, variant: Variant) -> SamplingParams:
+    """The settings for an answer that is chosen by its suffix: several candidates, if they can differ."""
+    if params.best_of is not None or params.greedy or not params.max_tokens:
+        return params
+    count = min(max(params.n, RERANK_CANDIDATES), max(params.n, variant.limits.max_best_of))
+    return msgspec.structs.replace(params, best_of=count)
 
 
 def _priority(request: CompletionRequest, headers: Mapping[str, str]) -> int:

@@ -12,7 +12,8 @@ import msgspec
 import yaml
 
 from tokenmill.engine.sampling_params import SamplingParams
-from tokenmill.server.config import Config, Deployment, Entry
+from tokenmill.server.config import Config, Deployment, Entry, FimMarkup
+from tokenmill.server.fim_presets import PRESETS
 
 SAMPLING_KEYS = (
     "max_tokens",
@@ -176,7 +177,7 @@ def _check_entries(config: Config, root: yaml.Node) -> None:
                 raise ConfigError(f"{part!r} can't be a deployment's name", _node(root, *below).start_mark)
             _check_new(names, [f"{name}/{part}"], _node(root, *below))
             _check_new(names, deployment.aliases, _node(root, *below, "aliases"))
-            _check_sampling(deployment, root, below)
+            _check_variant(deployment, root, below)
 
 
 def _check_new(names: set[str], added: list[str], node: yaml.Node) -> None:
@@ -189,14 +190,7 @@ def _check_new(names: set[str], added: list[str], node: yaml.Node) -> None:
 
 
 def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
-    not_there = {
-        "tensor_parallel": entry.tensor_parallel != 1,
-        "chat_template": entry.chat_template is not None,
-        "tool_parser": entry.tool_parser != "auto",
-        "fim": entry.fim != "auto",
-        "suffix": entry.suffix != "tokens",
-        "speech": entry.speech is not None,
-    }
+    not_there = {"tensor_parallel": entry.tensor_parallel != 1, "speech": entry.speech is not None}
     for key, given in not_there.items():
         if given:
             raise ConfigError(f"{key} can't be set in this version", _node(root, *path, key).start_mark)
@@ -207,7 +201,25 @@ def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
         )
     if cache.gib is not None and cache.gib <= 0:
         raise ConfigError("gib must be above 0", _node(root, *path, "kv_cache").start_mark)
-    _check_sampling(entry, root, path)
+    _check_variant(entry, root, path)
+
+
+def _check_variant(variant: Entry | Deployment, root: yaml.Node, path: tuple[str, ...]) -> None:
+    """What entries and deployments may both say."""
+    if isinstance(variant.fim, str) and variant.fim not in ("auto", *PRESETS):
+        message = f"fim is auto, off, a map of tokens, or one of {', '.join(PRESETS)}; not {variant.fim!r}"
+        raise ConfigError(message, _node(root, *path, "fim").start_mark)
+    if variant.fim is True:
+        raise ConfigError("fim: say auto instead of on", _node(root, *path, "fim").start_mark)
+    if isinstance(variant.fim, FimMarkup) and variant.fim.middle is None and variant.fim.order != "spm":
+        raise ConfigError(f"the order {variant.fim.order} needs a middle token", _node(root, *path, "fim").start_mark)
+    if variant.chat_template is not None:
+        try:
+            Path(variant.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"chat_template can't be read: {error}"
+            raise ConfigError(message, _node(root, *path, "chat_template").start_mark) from None
+    _check_sampling(variant, root, path)
 
 
 def _check_sampling(variant: Entry | Deployment, root: yaml.Node, path: tuple[str, ...]) -> None:

@@ -17,9 +17,11 @@ from typing import Literal
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import FromEngine, LoadFailed, Loading, Ready, Stats
 from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.server.config import FimMarkup
 from tokenmill.server.engine_client import EngineClient
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
+from tokenmill.server.fim import Fim, make_fim
 from tokenmill.server.metrics import ModelMetrics
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,19 @@ class Engine:
         self.client = client
         self.ready = ready
         self.tokenizer = Tokenizer(ready.tokenizer)
+        self._fims: dict[FimMarkup | str | bool, Fim | None] = {}
 
     @property
     def context(self) -> int:
         """Tokens that one sequence may have: the model's limit, or all of the KV cache where that is less."""
         return min(self.ready.max_context, self.ready.num_blocks * self.ready.block_size)
+
+    async def fim(self, wanted: FimMarkup | str | bool) -> Fim | None:
+        """How the model fills in the middle, by an entry's `fim`; None where it can't."""
+        if wanted not in self._fims:
+            # The serialised tokenizer is megabytes of JSON.
+            self._fims[wanted] = await asyncio.to_thread(make_fim, self.tokenizer, wanted)
+        return self._fims[wanted]
 
 
 class Place:

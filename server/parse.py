@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from tokenmill.server.body import decode_object, without_nulls
 from tokenmill.server.errors import SHOWN, ApiError, bad_request, not_yet, shorten
+from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.protocol import CompletionRequest
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,7 @@ def parse_completion(body: bytes, warn_unknown: bool = False) -> CompletionReque
 
 def check_completion(values: dict[str, Any], warn_unknown: bool = False) -> CompletionRequest:
     """The checked request of the object that a body holds. Raises `ApiError` 400."""
-    for name in ("stream_options", "response_format"):
-        if isinstance(values.get(name), dict):
-            values[name] = without_nulls(values[name])
+    drop_inner_nulls(values)
     if warn_unknown:
         known = CompletionRequest.model_fields
         for name in [name for name in values if name not in known]:
@@ -51,6 +50,16 @@ def check_completion(values: dict[str, Any], warn_unknown: bool = False) -> Comp
     check_conflicts(request)
     check_supported(request)
     return request
+
+
+def drop_inner_nulls(values: dict[str, Any]) -> None:
+    """Null means "not given" inside these objects too."""
+    for name in ("stream_options", "response_format", "prediction"):
+        if isinstance(values.get(name), dict):
+            values[name] = without_nulls(values[name])
+    given = values.get("response_format")
+    if isinstance(given, dict) and isinstance(given.get("json_schema"), dict):
+        values["response_format"] = {**given, "json_schema": without_nulls(given["json_schema"])}
 
 
 def merge_extra_params(values: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +178,10 @@ def check_conflicts(request: CompletionRequest) -> None:
         raise bad_request("return_token_log_probs means logprobs: true, which has another value", "logprobs")
     if request.top_logprobs and not request.chat_logprobs:
         raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+    requested_grammar(request)
+    if request.suffix and request.echo and request.alternatives is not None:
+        message = "echo with logprobs can't be given with a suffix: the model doesn't read them in that order"
+        raise bad_request(message, "echo")
     for name in first_of(request, "inference_extra_headers") or {}:
         if name.lower() in FORBIDDEN_HEADERS:
             param = next(name for name in ALIASES["inference_extra_headers"] if name in given)
@@ -179,19 +192,10 @@ def check_conflicts(request: CompletionRequest) -> None:
 
 def check_supported(request: CompletionRequest) -> None:
     """Refuse what this version can't do, wherever it would matter. Raises `ApiError` 400."""
-    if request.suffix:
-        raise bad_request("suffix: fill in the middle isn't supported", "suffix", "suffix_not_supported")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise not_yet("response_format", request.response_format.type)
-    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if getattr(request, name) is not None:
-            raise not_yet(name, "guided decoding")
     if request.tools:
         raise not_yet("tools", "tool calling")
     if request.tool_choice not in (None, "none", "auto"):
         raise not_yet("tool_choice", f"{shorten(request.tool_choice)} without tools")
-    if request.prediction is not None:
-        raise not_yet("prediction", "predicted output")
     if request.audio is not None or "audio" in (request.modalities or ()):
         param = "audio" if request.audio is not None else "modalities"
         raise bad_request("this model can't speak", param, "unsupported_modality")

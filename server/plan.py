@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.server.config import Config, Deployment, Entry, Limits, engine_config
+from tokenmill.server.config import (
+    Config,
+    Deployment,
+    Entry,
+    FimMarkup,
+    Limits,
+    SuffixWay,
+    engine_config,
+)
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 
 
@@ -24,6 +33,14 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     sampling: dict[str, Any]
     force: dict[str, Any]
     timeout_s: float
+    chat_template: str | None = None
+    """Text of the template that replaces the model's own."""
+    tools: bool = True
+    tool_parser: str = "auto"
+    fim: FimMarkup | str | bool = "auto"
+    suffix: SuffixWay = "tokens"
+    predicts: bool = True
+    """Whether drafts are made from a request's prediction."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +67,12 @@ def make_plan(config: Config) -> Plan:
             sampling=entry.sampling,
             force=entry.force,
             timeout_s=timeout_s,
+            chat_template=_template(entry.chat_template),
+            tools=entry.tools,
+            tool_parser=entry.tool_parser,
+            fim=entry.fim,
+            suffix=entry.suffix,
+            predicts=entry.speculation.prediction,
         )
         plan.aliases.update(dict.fromkeys(entry.aliases, name))
         for part, deployment in entry.deployments.items():
@@ -64,15 +87,34 @@ def make_plan(config: Config) -> Plan:
 
 
 def _deployment(name: str, parent: Variant, deployment: Deployment) -> Variant:
-    return Variant(
+    """The entry's variant with what the deployment gives itself."""
+    limits = msgspec.structs.asdict(deployment.limits)
+    own = {
+        "timeout_s": deployment.timeout_s,
+        "chat_template": _template(deployment.chat_template),
+        "tools": deployment.tools,
+        "tool_parser": deployment.tool_parser,
+        "fim": deployment.fim,
+        "suffix": deployment.suffix,
+        "predicts": deployment.speculation.prediction,
+    }
+    return msgspec.structs.replace(
+        parent,
         name=name,
-        root=parent.name,
-        engine=parent.engine,
-        limits=deployment.limits or parent.limits,
+        limits=msgspec.structs.replace(parent.limits, **_given(limits)),
         sampling={**parent.sampling, **deployment.sampling},
         force={**parent.force, **deployment.force},
-        timeout_s=deployment.timeout_s or parent.timeout_s,
+        **_given(own),
     )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _template(file: str | None) -> str | None:
+    """The text of a template's file, which was readable when the configuration was checked."""
+    return None if file is None else Path(file).expanduser().read_text(encoding="utf-8")
 
 
 def spawn_preloaded(plan: Plan, command: Sequence[str] = ENGINE_COMMAND) -> dict[str, EngineProcess]:

@@ -129,3 +129,23 @@ def test_logprobs_are_the_raw_log_softmax(llm: LLM, model: Any) -> None:
     expected_prompt = exact[range(len(ids) - 1), ids[1:]].tolist()
     assert output.prompt_logprobs.values == pytest.approx(expected_prompt, abs=1e-3)
     assert all(len(top.ids) == 3 for top in output.prompt_logprobs.top)
+
+
+def test_a_predicted_edit_is_the_same_text_in_fewer_steps(llm: LLM) -> None:
+    original = (
+        "The old mill stands by the river at the edge of the village. Every morning the miller opens the wooden "
+        "door and looks at the water. When the river is high, the great wheel turns quickly and the stones grind "
+        "the grain into fine flour."
+    )
+    template = llm.tokenizer.chat_template
+    assert template is not None
+    task = f"Copy the following text exactly, but write 'castle' instead of 'village'.\n\n{original}"
+    prompt = llm.tokenizer.encode(template.render([{"role": "user", "content": task}]), add_special_tokens=False)
+    params = SamplingParams(temperature=0, max_tokens=60)
+    steps = [llm.engine.stats().step]
+    texts = []
+    for prediction in (None, original):
+        texts.append(llm.generate([prompt], params, predictions=[prediction])[0].choices[0].token_ids)
+        steps.append(llm.engine.stats().step)
+    assert texts[0] == texts[1]
+    assert (steps[2] - steps[1]) * 2 < steps[1] - steps[0]
