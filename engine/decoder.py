@@ -158,7 +158,7 @@ class Decoder:
     def _norm_whole(self, qkv: Tensor, q_norm: spec.Norm, k_norm: spec.Norm) -> Tensor:
         """Norms over all heads together (OLMo 2), which the fused pass doesn't know."""
         query, key = q_norm.weight.numel(), k_norm.weight.numel()
-        parts = qkv.split([query, key, qkv.shape[1] - query - key], dim=-1)
+        parts = torch.split(qkv, [query, key, qkv.shape[1] - query - key], dim=-1)
         normed = [self._normalize(norm)(part.contiguous()) for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))]
         return torch.cat([*normed, parts[2]], dim=-1)
 

@@ -143,10 +143,11 @@ def describe(
     """
     config: Any = module.config
     inner = getattr(module, "model", None)
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    own: Any = module
+    head = own.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if inner is None or not isinstance(head, nn.Linear) or not hasattr(inner, "layers"):
         raise NotUnderstood("no model.layers with an output embedding")
-    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = own.get_input_embeddings()
     if len(layers) != len(inner.layers):
         raise NotUnderstood(f"{len(layers)} attention layers in {len(inner.layers)} decoder layers")
     ropes = _Ropes(inner, context, interleaved)
@@ -187,15 +188,11 @@ def _layer(layer: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, inde
     places = NORM_PLACES.get(frozenset(norms))
     if places is None:
         raise NotUnderstood(f"a layer with the norms {', '.join(sorted(norms)) or 'none'}")
-    *names, parallel = places
     attention = _attention(_one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
-    found = [None if name is None else _norm(norms[str(name)]) for name in names]
-    return Layer(
-        attention,
-        _mlp(_one_of(layer, "mlp", "feed_forward")),
-        *found,
-        parallel=bool(parallel),
-    )
+    *names, parallel = places
+    before, after, mlp_before, mlp_after = (None if name is None else _norm(norms[str(name)]) for name in names)
+    mlp = _mlp(_one_of(layer, "mlp", "feed_forward"))
+    return Layer(attention, mlp, before, after, mlp_before, mlp_after, bool(parallel))
 
 
 def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, index: int) -> Attention:

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import llguidance
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
@@ -126,9 +125,8 @@ def to_llguidance(grammar: Grammar) -> str:
     _check_depth(grammar)
     try:
         if grammar.kind == "json_schema":
-            options: llguidance.JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
             text = "{}" if grammar.text.strip() == "true" else grammar.text
-            return LLMatcher.grammar_from_json_schema(text, defaults=options)
+            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "choice":

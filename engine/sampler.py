@@ -30,6 +30,7 @@ class SamplingKernels(Protocol):
 
     apply_logit_bias: Callable[..., None]
     apply_penalties: Callable[..., None]
+    apply_bitmask: Callable[..., None]
     sample: Callable[..., Tensor]
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -61,7 +62,7 @@ class Sampled:
 class Sampler:
     """Holds what outlives a step: each slot's counts for penalties, its bias, its last token."""
 
-    def __init__(self, kernels: SamplingKernels, batch: InputBatch, width: int, eos_ids: list[int]) -> None:
+    def __init__(self, kernels: SamplingKernels, batch: InputBatch, width: int, eos_ids: tuple[int, ...]) -> None:
         """`width`: of the logits. `eos_ids` are held back, with a request's stop ids, until its min_tokens."""
         self._kernels = kernels
         self._batch = batch

@@ -305,7 +305,7 @@ def rope_store(
     without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it.
     """
     kv_heads, size, value_size = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
-    query, key, value = qkv.split([heads * size, kv_heads * size, kv_heads * value_size], dim=-1)
+    query, key, value = torch.split(qkv, [heads * size, kv_heads * size, kv_heads * value_size], dim=-1)
     query, key = query.unflatten(-1, (heads, size)), key.unflatten(-1, (kv_heads, size))
     if q_weight is not None:
         query = rms_norm(query, q_weight, eps, norm_offset)
@@ -321,5 +321,5 @@ def rope_store(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x [T, in] times weight [out, in] transposed, plus bias [out], plus residual [T, out]."""
-    out = torch.nn.functional.linear(x, weight, bias)
+    out: Tensor = torch.nn.functional.linear(x, weight, bias)
     return out if residual is None else residual + out
