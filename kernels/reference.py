@@ -306,7 +306,7 @@ def rope_store(
     """
     kv_heads, size, value_size = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
     query, key, value = torch.split(qkv, [heads * size, kv_heads * size, kv_heads * value_size], dim=-1)
-    query, key = query.unflatten(-1, (heads, size)), key.unflatten(-1, (kv_heads, size))
+    query, key = query.reshape(-1, heads, size), key.reshape(-1, kv_heads, size)
     if q_weight is not None:
         query = rms_norm(query, q_weight, eps, norm_offset)
     if k_weight is not None:
@@ -315,7 +315,7 @@ def rope_store(
         if positions is not None:
             cos, sin = cos[positions], sin[positions]
         query, key = rope(query, cos, sin, interleaved), rope(key, cos, sin, interleaved)
-    store_kv(key, value.unflatten(-1, (kv_heads, value_size)), k_cache, v_cache, slots)
+    store_kv(key, value.reshape(-1, kv_heads, value_size), k_cache, v_cache, slots)
     return query
 
 

@@ -11,7 +11,7 @@ import msgspec
 from tokenmill.engine.sampling_params import SamplingParams
 from tokenmill.server.config_file import SAMPLING_KEYS
 from tokenmill.server.errors import bad_request, shorten
-from tokenmill.server.fim import Fim
+from tokenmill.server.fim import Fim, encode_inside
 from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.model import Engine
 from tokenmill.server.parse import ALIASES, first_of
@@ -152,7 +152,7 @@ async def make_job(
         params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *fim.stop))
     suffix: list[int] | None = None
     if request.suffix and fim is None:
-        suffix = engine.tokenizer.encode(request.suffix, add_special_tokens=False, split_special=True)
+        suffix = encode_inside(engine.tokenizer, request.suffix)
         params = with_candidates(params, variant)
     for prompt in prompts:
         check_prompt(prompt.ids, params.max_tokens + len(suffix or ()), engine)

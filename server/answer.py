@@ -51,15 +51,9 @@ class Answer:
         choices = [
             self._whole_choice(choice, position * self._request.n + rank)
             for position, run in enumerate(self._generation.runs)
-            for rank, choice in enumerate(self._returned(run))
+            for rank, choice in enumerate(run.best(self._request.n))
         ]
         return _encode({**self._head, "choices": choices, "usage": self._generation.usage()})
-
-    def _returned(self, run: PromptRun) -> list[Choice]:
-        """The choices that the client gets: of more candidates than asked for the likeliest, best first."""
-        if len(run.choices) == self._request.n:
-            return run.choices
-        return sorted(run.choices, key=lambda choice: -choice.mean_logprob)[: self._request.n]
 
     def _whole_choice(self, choice: Choice, index: int) -> dict[str, object]:
         return {

@@ -212,7 +212,9 @@ def _check_variant(variant: Entry | Deployment, root: yaml.Node, path: tuple[str
     if variant.fim is True:
         raise ConfigError("fim: say auto instead of on", _node(root, *path, "fim").start_mark)
     if isinstance(variant.fim, FimMarkup) and variant.fim.middle is None and variant.fim.order != "spm":
-        raise ConfigError(f"the order {variant.fim.order} needs a middle token", _node(root, *path, "fim").start_mark)
+        raise ConfigError(
+            f"the order {variant.fim.order} needs a middle token", _node(root, *path, "fim").start_mark
+        )
     if variant.chat_template is not None:
         try:
             Path(variant.chat_template).expanduser().read_text(encoding="utf-8")

@@ -11,12 +11,13 @@ import logging
 
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.messages import Add, Delta, PromptLogprobs, TopLogprobs
-from tokenmill.server.admission import Job, PromptInput
+from tokenmill.server.admission import Job
 from tokenmill.server.context import RequestContext
-from tokenmill.server.errors import ClientGone, internal_error, unavailable
+from tokenmill.server.errors import ClientGone, bad_request, internal_error, unavailable
 from tokenmill.server.guard import Guard
 from tokenmill.server.metrics import ModelMetrics
 from tokenmill.server.model import Engine, Place
+from tokenmill.server.prompts import PromptInput
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,26 @@ MAX_UNSENT_TOKENS = 4096
 class Choice:
     """One candidate: its tokens, its text, and how it ended."""
 
-    __slots__ = ("detokenizer", "finish_reason", "ids", "index", "last", "logprobs", "run", "text", "top")
+    __slots__ = (
+        "accepted_drafts",
+        "detokenizer",
+        "finish_reason",
+        "ids",
+        "index",
+        "last",
+        "logprobs",
+        "rejected_drafts",
+        "run",
+        "text",
+        "top",
+    )
 
     def __init__(self, run: PromptRun, index: int, detokenizer: Detokenizer) -> None:
         self.run = run
         self.index = index
         """Place among all choices of the answer."""
+        self.accepted_drafts = 0
+        self.rejected_drafts = 0
         self.detokenizer = detokenizer
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -49,6 +64,8 @@ class Choice:
         # Tokens after the one that completed a stop were made in vain.
         added = self.detokenizer.token_count - before
         self.ids += delta.token_ids[:added]
+        self.accepted_drafts += min(delta.accepted_drafts, added)
+        self.rejected_drafts += delta.rejected_drafts
         if delta.logprobs is not None and delta.top is not None:
             self.logprobs += delta.logprobs[:added]
             self.top += delta.top[:added]
@@ -94,6 +111,8 @@ class PromptRun:
             for i in range(params.candidates)
         ]
         self.unfinished = len(self.choices)
+        self.ranked: list[Choice] | None = None
+        """All choices, best first, where something else than their own likelihood decides."""
         self._generation = generation
         self._scores_due = len(prompt.ids) - 1 if params.prompt_logprobs is not None else 0
 
@@ -101,6 +120,14 @@ class PromptRun:
     def scored(self) -> bool:
         """Whether all log-probabilities of the prompt that were asked for are here."""
         return len(self.scores) >= self._scores_due
+
+    def best(self, count: int) -> list[Choice]:
+        """The choices that the client gets; of more candidates than these the likeliest, best first."""
+        if self.ranked is not None:
+            return self.ranked[:count]
+        if len(self.choices) == count:
+            return self.choices
+        return sorted(self.choices, key=lambda choice: -choice.mean_logprob)[:count]
 
     def on_delta(self, delta: Delta, now: float) -> None:
         try:
@@ -133,6 +160,7 @@ class Generation:
         streams: bool,
     ) -> None:
         self.name = context.name
+        self._context = context
         self.engine = engine
         self.job = job
         self.guard = guard
@@ -146,6 +174,7 @@ class Generation:
         self._unsent = 0
         self._wake = asyncio.Event()
         self._started = False
+        self._parts: list[Generation] = []
         count = job.params.candidates
         self.runs = [
             PromptRun(self, engine.client.new_id(), prompt, position * count)
@@ -159,7 +188,7 @@ class Generation:
             raise unavailable(self.engine.client.lost, "engine_down", 1)
         job = self.job
         for run in self.runs:
-            add = Add(run.request, run.prompt.ids, job.params, job.priority, job.cache_salt)
+            add = Add(run.request, run.prompt.ids, job.params, job.priority, job.cache_salt, job.prediction)
             self.engine.client.add(add, run)
 
     def close(self) -> None:
@@ -167,6 +196,14 @@ class Generation:
         for run in self.runs:
             if run.unfinished:
                 self.engine.client.abort(run.request)
+
+    def part(self, job: Job) -> Generation:
+        """Another generation for the same answer: its usage counts as this one's."""
+        part = Generation(
+            self._context, self.engine, job, self.guard, self._place, self._metrics, streams=False
+        )
+        self._parts.append(part)
+        return part
 
     @property
     def done(self) -> bool:
@@ -234,6 +271,10 @@ class Generation:
         if delta.finish == "abort":
             self.guard.interrupt(unavailable("the model's engine gave the request up", "engine_down", 1))
             return
+        if delta.invalid:
+            param, reason = self.job.grammar_param, delta.error or "the engine refused the request"
+            self.guard.interrupt(bad_request(f"{param}: {reason}" if param else reason, param))
+            return
         logger.error("%s: the engine failed on choice %d: %s", self.name, delta.choice, delta.error)
         self.guard.interrupt(internal_error(self.name))
 
@@ -248,16 +289,20 @@ class Generation:
 
     def usage(self) -> dict[str, object]:
         """What was used so far: every candidate counts, through the token that completed its stop."""
-        prompt = sum(len(run.prompt.ids) for run in self.runs)
-        completion = sum(choice.detokenizer.token_count for run in self.runs for choice in run.choices)
+        runs = [run for part in (self, *self._parts) for run in part.runs]
+        choices = [choice for run in runs for choice in run.choices]
+        # Drafts from a request's own text are the server's affair.
+        predicted = choices if self.job.prediction is not None else []
+        prompt = sum(len(run.prompt.ids) for run in runs)
+        completion = sum(choice.detokenizer.token_count for choice in choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(run.cached_tokens for run in self.runs)},
+            "prompt_tokens_details": {"cached_tokens": sum(run.cached_tokens for run in runs)},
             "completion_tokens_details": {
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
+                "accepted_prediction_tokens": sum(choice.accepted_drafts for choice in predicted),
+                "rejected_prediction_tokens": sum(choice.rejected_drafts for choice in predicted),
                 "reasoning_tokens": 0,
                 "audio_tokens": 0,
             },

@@ -107,10 +107,11 @@ def first_of(request: CompletionRequest, field: str) -> Any:
 def describe(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """The first thing that is wrong, in one sentence: which field, what is allowed, what was given."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
+    kind, given = first["type"], first.get("input")
+    # Unions name their branch by its type, which means nothing to a client.
+    path = [str(part) for part in first["loc"] if kind == "extra_forbidden" or "[" not in str(part)]
     param = path[0] if path else None
     where = ".".join(path)
-    kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], list(model.model_fields), 1) if len(path) == 1 else []
         hint = f"; did you mean {close[0]}?" if close else ""
