@@ -1,55 +1,124 @@
 """Which kernels a device gets: one object with the functions of `kernels/reference.py`, and its own products.
 
-    cuda   Triton (kernels/gpu)
+    cuda   Triton (kernels/gpu; engine/gpu_kernels.py)
     cpu    C++ (kernels/cpu) for what it has and the dtype takes; plain torch where no library can be built
+
+TOKENMILL_KERNELS=torch, cpu or triton in the environment overrides the choice: to look for a fault, or to run the
+Triton kernels in their interpreter.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenmill.kernels import reference
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""x [T, in], residual [T, out] or None → x @ weight.T (+ bias) (+ residual): [T, out]."""
 Lookup = Callable[[Tensor], Tensor]
 """ids [T] int64 → rows [T, hidden] of the embedding."""
+Mixture = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""x [T, in], expert ids [T, k] int32 (-1: none), weights [T, k] float32, residual [T, out] or None → [T, out]."""
+Entries = tuple[Tensor, Tensor, Tensor]
+"""Rows, tokens (int64, distinct pairs) and float32 values to add there."""
+Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""[N] each: temperature, min_p, top_k, top_p, seeds, positions, as `reference.sample` takes them."""
+
+
+class Product(Protocol):
+    """x [T, in], residual [T, out] or None → x @ weight.T (+ bias) (+ residual): [T, out], in `out` if given."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
+
+
+class AttentionPlans(Protocol):
+    """What a step's attention layers share."""
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: tuple[Tensor, Tensor, Tensor], **options: Any
+    ) -> Tensor:
+        """`reference.paged_attention`; `lengths` are the step's block table, sequence lengths, query starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """The arguments of `reference.apply_penalties` after the logits."""
+
+    lines: Tensor
+    counts: Tensor
+    seen: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.lines, self.counts, self.seen, self.repetition, self.presence, self.frequency
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustments:
+    """What happens to logits before a draw, in this order; `penalties` are over lines of counts of their own."""
+
+    bias: Entries | None = None
+    penalties: tuple[Penalties, ...] = ()
+    mask: tuple[Tensor, Tensor] | None = None
+    """Rows [n] int64 and, [n, words] int32, the tokens that their grammars allow."""
 
 
 class ReferenceKernels:
     """Plain torch on any device; the base of the faster sets, which replace what they do better."""
 
     name = "torch"
+    captures = False
+    """Whether a decode step on these kernels can be captured in a CUDA graph."""
+    fp8_cache = False
+    """Whether the paged cache may be held in 8-bit floats."""
 
-    store_kv = staticmethod(reference.store_kv)
-    paged_attention = staticmethod(reference.paged_attention)
-    copy_blocks = staticmethod(reference.copy_blocks)
-    rope_store = staticmethod(reference.rope_store)
-    rms_norm = staticmethod(reference.rms_norm)
-    layer_norm = staticmethod(reference.layer_norm)
-    activate = staticmethod(reference.activate)
-    apply_logit_bias = staticmethod(reference.apply_logit_bias)
-    apply_penalties = staticmethod(reference.apply_penalties)
-    apply_bitmask = staticmethod(reference.apply_bitmask)
+    store_kv: Callable[..., None] = staticmethod(reference.store_kv)
+    paged_attention: Callable[..., Tensor] = staticmethod(reference.paged_attention)
+    copy_blocks: Callable[..., None] = staticmethod(reference.copy_blocks)
+    rope_store: Callable[..., Tensor] = staticmethod(reference.rope_store)
+    rms_norm: Callable[..., Tensor] = staticmethod(reference.rms_norm)
+    layer_norm: Callable[..., Tensor] = staticmethod(reference.layer_norm)
+    activate: Callable[..., Tensor] = staticmethod(reference.activate)
+    apply_logit_bias: Callable[..., None] = staticmethod(reference.apply_logit_bias)
+    apply_penalties: Callable[..., None] = staticmethod(reference.apply_penalties)
+    apply_bitmask: Callable[..., None] = staticmethod(reference.apply_bitmask)
     sample: Callable[..., Tensor] = staticmethod(reference.sample)
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(reference.token_logprobs)
+    route: Callable[..., tuple[Tensor, Tensor]] = staticmethod(reference.route)
+
+    def reserve(self, rows: int, width: int) -> None:
+        """Make what steps of at most `rows` rows of `width` logits need, so that none allocates later."""
+
+    def plan_attention(self, decodes: int) -> AttentionPlans | None:
+        """What a step's layers share; its first `decodes` rows have one token each."""
+        return None
 
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
         """One product over the rows of all `weights`; `gate`: they are gate and up rows, act(gate) * up results."""
         weight, bias = join(weights), join_biases(weights, biases)
-        if gate is None:
-            return lambda x, residual: reference.linear(x, weight, bias, residual)
-        activation = gate
 
-        def gated(x: Tensor, residual: Tensor | None) -> Tensor:
-            out = reference.activation_mul(reference.linear(x, weight, bias), activation)
-            return out if residual is None else residual + out
+        def product(x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+            if gate is None:
+                result = reference.linear(x, weight, bias, residual)
+            else:
+                result = reference.activation_mul(reference.linear(x, weight, bias), gate)
+                result = result if residual is None else residual + result
+            return result if out is None else out.copy_(result)
 
-        return gated
+        return product
+
+    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]."""
+        return lambda x, ids, weights, residual: reference.mixture(
+            x, ids, weights, gate_up, down, activation, residual=residual
+        )
 
     def own_threads(self) -> None:
         """A whole forward pass runs on these kernels now: libraries that would compete with their threads yield."""
@@ -57,6 +126,40 @@ class ReferenceKernels:
     def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
         """Look-up of rows; `head` is the product over the same weight where the two are tied."""
         return lambda ids: weight[ids]
+
+    def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
+        """Float32 logits [N, V] after `changes`; those given stay as they are."""
+        changed = changes.bias is not None or changes.penalties or changes.mask is not None
+        work = logits.clone() if changed and logits.dtype is torch.float32 else logits.float()
+        if changes.bias is not None:
+            self.apply_logit_bias(work, *changes.bias)
+        for penalties in changes.penalties:
+            self.apply_penalties(work, *penalties.arguments)
+        if changes.mask is not None:
+            self.apply_bitmask(work, *changes.mask)
+        return work
+
+    def draw(
+        self,
+        logits: Tensor,
+        settings: Settings,
+        *,
+        filtered: bool = True,
+        counted: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [N] int64 and flags [N]: not 0 where a row has no finite largest logit.
+
+        `filtered` False says that no row uses min_p, top_k or top_p. `counted` are lines [N] int64 (-1: none) of
+        counts [M, V] int32 in which each token is counted.
+        """
+        tokens = self.sample(logits, *settings)
+        flags = ~torch.isfinite(logits.amax(-1)) if len(logits) else torch.zeros(0, dtype=torch.bool)
+        if counted is not None:
+            lines, counts = counted
+            rows = (lines >= 0).nonzero().flatten()
+            counts[lines[rows], tokens[rows]] += 1
+        return tokens if out is None else out.copy_(tokens), flags
 
 
 def join(weights: list[Tensor]) -> Tensor:
@@ -88,8 +191,9 @@ class CpuKernels(ReferenceKernels):
                     setattr(self, function, getattr(module, function))
         self.sample = sampling.sample
         self.token_logprobs = sampling.token_logprobs
+        self.paged_attention = self._attend
 
-    def paged_attention(self, query: Tensor, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+    def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
         return self._attention.paged_attention(query.contiguous(), *args, **options)
 
     def own_threads(self) -> None:
@@ -99,6 +203,18 @@ class CpuKernels(ReferenceKernels):
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
         return self._linear.PackedLinear(join(weights), join_biases(weights, biases), gate)
 
+    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
+        ups = [self._linear.PackedLinear(weight, None, activation) for weight in gate_up]
+        downs = [self._linear.PackedLinear(weight, None, None) for weight in down]
+
+        def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
+            return reference.mix_by_expert(
+                x, ids, weights, lambda expert, rows: downs[expert](ups[expert](rows)), residual
+            )
+
+        return mix
+
     def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
         if isinstance(head, self._linear.PackedLinear):
             packed, dtype = head, weight.dtype
@@ -106,9 +222,22 @@ class CpuKernels(ReferenceKernels):
         return super().make_embedding(weight, head)
 
 
-def select_kernels(device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
-    """The fastest kernels that work on `device` with `dtype`."""
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> ReferenceKernels:
+    """The fastest kernels that work on `device` with `dtype`.
+
+    `deterministic`: every result stays the same to the bit in any batch, where that costs speed too.
+    """
+    wanted = os.environ.get("TOKENMILL_KERNELS", "triton" if device.type == "cuda" else "cpu")
+    if wanted == "triton":
+        from tokenmill.engine.gpu_kernels import GpuKernels, why_not
+
+        reason = why_not()
+        if reason is None:
+            return GpuKernels(device, dtype, deterministic=deterministic)
+        import logging
+
+        logging.getLogger("tokenmill.engine").warning("%s; plain torch runs instead, slowly", reason)
+    elif wanted == "cpu" and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
         from tokenmill.kernels.cpu.library import current
 
         if current() is not None:

@@ -37,6 +37,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def is_causal_lm(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a causal LM for configs of this class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The causal LM of `config`'s type as AutoModelForCausalLM picks it, and the config that it takes.
 
@@ -44,7 +51,7 @@ def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pr
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_causal_lm(config):
         raise LoadError(f"a {config.model_type} is no causal language model, so it can't complete text")
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found

@@ -22,10 +22,11 @@ def size_table(hidden: int) -> dict[str, int]:
     """Small values for size fields, by name. Layers, vocabulary and KV heads depend on more than the name."""
     head = hidden // HEADS
     rows = [
-        (hidden, "hidden_size d_model n_embd dim model_dim embed_dim word_embed_proj_dim embedding_size"),
+        (hidden, "hidden_size d_model n_embd dim model_dim embed_dim emb_dim word_embed_proj_dim embedding_size"),
+        (hidden, "lru_width feed_forward_size encoder_cross_output_size hidden_size_global adapter_in_dim"),
         (
             2 * hidden,
-            "intermediate_size ffn_dim n_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size",
+            "intermediate_size ffn_dim n_inner d_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size",
         ),
         (2 * hidden, "intermediate_size_mlp dense_intermediate_size shared_intermediate_size"),
         (hidden // 2, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size"),
@@ -38,13 +39,53 @@ def size_table(hidden: int) -> dict[str, int]:
         (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
         (1, "n_group topk_group num_expert_group n_shared_experts first_k_dense_replace"),
         (1, "num_nextn_predict_layers moe_num_shared_experts"),
+        (HEADS, "index_n_heads linear_num_value_heads linear_num_heads"),
+        (HEADS // 2, "linear_num_key_heads kv_n_heads"),
+        (head, "d_head dim_head index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim"),
+        (2 * HEADS, "mamba_n_heads mamba_num_heads n_mamba_heads"),  # of an inner size of 2 * hidden
+        (head, "mamba_d_head mamba_head_dim mamba_headdim mamba_d_state ssm_state_size state_size"),
+        (HEADS, "mamba_dt_rank time_step_rank adapter_rank"),
         (head, "head_dim d_kv global_head_dim kv_lora_rank q_lora_rank qk_head_dim query_pre_attn_scalar"),
         (head // 2, "qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim hidden_size_per_layer_input"),
-        (CONTEXT, "max_position_embeddings n_positions n_ctx max_sequence_length"),
+        (CONTEXT, "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length"),
         (CONTEXT // 4, "original_max_position_embeddings"),
-        (WINDOW, "sliding_window attention_window_size local_attention attention_chunk_size"),
+        (WINDOW, "sliding_window attention_window_size local_attention attention_chunk_size index_topk"),
+        (WINDOW, "mamba_chunk_size"),
     ]
     return {name: value for value, line in rows for name in line.split()}
+
+
+def fitting_fields(model_type: object, hidden: int) -> dict[str, Any]:
+    """Fields that must fit each other in a way of the type's own, for two layers of `HEADS` heads."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    table: dict[str, dict[str, Any]] = {
+        "bamba": {"attn_layer_indices": [1]},
+        "blt": {"encoder_hash_byte_group_vocab": 256},
+        "cohere_compass_text": {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}},
+        "dbrx": {"attn_config": {"kv_n_heads": HEADS // 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+        "dots3_note_text": {"num_key_value_heads": HEADS, "head_dim": hidden // HEADS},
+        "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+        "hrm_text": {"num_layers_per_stack": None},
+        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        "mamba2": {"num_heads": 2 * HEADS},
+        "qwen4_exp_text": {
+            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": hidden // HEADS,
+            "indexer_budget": WINDOW, "indexer_compress_ratio": WINDOW // 2,
+        },
+        "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+        "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
+        "rwkv": {"attention_hidden_size": hidden},
+        "xlstm": {"embedding_dim": hidden, "num_blocks": 2, "qk_dim_factor": 1.0},
+        "xmod": {"default_language": "en_XX"},
+        "zamba": {"attention_hidden_size": 2 * hidden, "attention_head_dim": 2 * hidden // HEADS},
+        "zamba2": {
+            "attention_hidden_size": 2 * hidden, "attention_head_dim": 2 * hidden // HEADS,
+            "hybrid_layer_ids": [1],
+        },
+        "zaya": {"num_experts_per_tok": 1},
+    }  # fmt: skip
+    return table.get(str(model_type), {})
 
 
 LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"]
@@ -91,7 +132,7 @@ def shrink(fields: dict[str, Any], *, layers: int, hidden: int, vocab: int, grou
         small["attn_logit_softcapping"] = 1.0
     if small.get("num_kv_shared_layers"):
         small["num_kv_shared_layers"] = len(picked) // 2
-    return small
+    return small | fitting_fields(fields.get("model_type"), hidden)
 
 
 def pick_layers(fields: dict[str, Any], layers: int) -> list[int]:
@@ -128,6 +169,8 @@ def _shrink_exceptions(
             small[index] = {k: sizes.get(k, v) for k, v in by_layer[layer].items()}
             if "head_dim" in small[index]:
                 small[index]["head_dim"] = 2 * sizes["head_dim"]
+            if "kv_lora_rank" in small[index]:
+                small[index].update({k: HEADS for k in KV_HEADS if k in small[index]})
     return small
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenmill.engine.load_error import LoadError, first_line
-from tokenmill.engine.model_class import causal_lm_class
+from tokenmill.engine.model_class import causal_lm_class, is_causal_lm
 from tokenmill.engine.progress import quiet
 from tokenmill.engine.shrink import CONTEXT, randomize, shrink
 
@@ -60,17 +60,19 @@ def make_tiny(
     overrides = {**SPECIAL_IDS, **overrides}
     with quiet():
         config = tiny_config(model_type, layers, hidden, len(tokenizer), overrides)
-        model_class, config = causal_lm_class(config)
+        model_class, own = causal_lm_class(config)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = model_class(config)
+                model = model_class(own)
         except Exception as error:  # a type may want sizes that fit each other in a way of its own
             raise LoadError(f"no tiny {model_type} can be made ({first_line(error)})") from None
         randomize(model, seed)
         folder.mkdir(parents=True, exist_ok=True)
         model.generation_config = _generation_config()
         model.to(getattr(torch, dtype)).save_pretrained(folder)
+        if not is_causal_lm(own):  # known only as the text part of a larger config
+            config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 
@@ -89,6 +91,8 @@ def tiny_config(
         target = fields.get("text_config", fields)
         if "tie_word_embeddings" in target:  # a tied random model would repeat its last token for ever
             target["tie_word_embeddings"] = False
+        if "is_decoder" in target:  # what was made for reading both ways completes text only as a decoder
+            target["is_decoder"] = True
         target.update(overrides)
         config: PreTrainedConfig = config_class.from_dict(fields)
     except Exception as error:  # config classes check what they are given, each in its own way
@@ -123,6 +127,7 @@ def make_tokenizer(size: int = 320) -> Fast:
         pad_token=SPECIAL[0],
         bos_token=bos,
         eos_token=SPECIAL[2],
+        unk_token=SPECIAL[2],  # else some types' tokenizer classes add one of their own, beyond the embedding
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )

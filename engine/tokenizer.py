@@ -9,9 +9,10 @@ O(1) a token. `TokenBytes` reads that mapping from the serialised decoder; for a
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,18 @@ class Tokenizer:
         library = _load(self.info.tokenizer_json)
         library.encode_special_tokens = True
         return library
+
+    def view(self, chat_template: str | None = None, visible: Collection[int] = ()) -> Tokenizer:
+        """The same tokenizer with another chat template, or with special tokens that decode like plain ones.
+
+        The second needs `byte_exact`: other decoders leave special tokens out by themselves.
+        """
+        view = copy.copy(self)
+        view.special_ids = self.special_ids.difference(visible)
+        if chat_template is not None:
+            view.info = msgspec.structs.replace(self.info, chat_template=chat_template)
+            view.__dict__.pop("chat_template", None)
+        return view
 
     @cached_property
     def longest_token(self) -> int:

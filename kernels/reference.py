@@ -12,6 +12,8 @@ queries are its last ones: query i of row r stands at position `seq_lens[r] - q_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -323,3 +325,64 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """x [T, in] times weight [out, in] transposed, plus bias [out], plus residual [T, out]."""
     out: Tensor = torch.nn.functional.linear(x, weight, bias)
     return out if residual is None else residual + out
+
+
+def route(
+    logits: Tensor, top: int, *, renormalize: bool = True, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token from router logits [T, X]: (ids [T, top] int32, weights [T, top] float32).
+
+    Weights are a softmax over all experts, made to sum to one with `renormalize`. Best first, equal logits by
+    rising id. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1, its weights zero.
+    """
+    logits = logits.float()
+    ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top]
+    weights = logits.softmax(-1).gather(-1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if slots is not None:
+        padding = (slots < 0)[:, None]
+        ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)
+    return ids.int(), weights
+
+
+def mix_by_expert(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    expert: Callable[[int, Tensor], Tensor],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """sum over k of weights[t, k] * expert(ids[t, k], x[t]) for x [T, in]; `expert` takes all its rows at once.
+
+    `ids` [T, k] int32 (-1: none), `weights` [T, k] float32. Summed in float32 by rising expert, plus `residual`.
+    """
+    out: Tensor | None = None if residual is None else residual.float()
+    for number in torch.unique(ids).tolist():
+        if number < 0:
+            continue
+        tokens, ranks = (ids == number).nonzero(as_tuple=True)
+        part = expert(number, x[tokens]).float() * weights[tokens, ranks, None]
+        out = part.new_zeros(x.shape[0], part.shape[1]) if out is None else out
+        out = out.index_add(0, tokens, part)
+    return torch.zeros_like(x) if out is None else out.to(x.dtype)
+
+
+def mixture(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Gated experts: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]; see `mix_by_expert`."""
+    return mix_by_expert(
+        x,
+        ids,
+        weights,
+        lambda i, rows: linear(activation_mul(linear(rows, gate_up[i]), activation), down[i]),
+        residual,
+    )

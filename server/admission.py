@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.engine.sampling_params import SamplingParams
+from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import SAMPLING_KEYS
 from tokenmill.server.errors import bad_request, shorten
 from tokenmill.server.fim import Fim, encode_inside
@@ -17,6 +18,7 @@ from tokenmill.server.model import Engine
 from tokenmill.server.parse import ALIASES, first_of
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import (
+    Infill,
     PromptInput,
     check_prompt,
     encode_infill,
@@ -42,6 +44,8 @@ class Job(msgspec.Struct, frozen=True):
     """The text to come, where candidates are ranked by how likely it is after them."""
     grammar_param: str | None = None
     """The field that the grammar came from, to be named when the engine can't compile it."""
+    tokenizer: Tokenizer | None = None
+    """What decodes the answer, where it must show tokens that are otherwise left out."""
 
 
 def check_limits(request: CompletionRequest, variant: Variant) -> None:
@@ -132,16 +136,18 @@ async def make_job(
     cache_salt: str,
     *,
     default_max_tokens: int | None = MAX_TOKENS_DEFAULT,
+    infill: Infill | None = None,
 ) -> Job:
     """Prompts as token ids that fit the model, with their settings. Raises `ApiError` 400.
 
-    `default_max_tokens` None: what the longest prompt leaves of the context.
+    `default_max_tokens` None: what the longest prompt leaves of the context. `infill`: the request fills in
+    the middle of something, even if its suffix is empty.
     """
-    fim = await _fim(request, variant, engine)
+    fim = await _fim(request, variant, engine, infill)
     if fim is None:
-        prompts = await encode_prompts(request, engine)
+        prompts = await encode_prompts(request, engine, infill or Infill())
     else:
-        prompts = await encode_infill(request, engine, fim)
+        prompts = await encode_infill(request, engine, fim, infill or Infill())
     if default_max_tokens is None:
         default_max_tokens = max(0, engine.context - max(len(prompt.ids) for prompt in prompts))
     params = sampling_params(request, variant, engine, default_max_tokens)
@@ -170,12 +176,14 @@ async def make_job(
     )
 
 
-async def _fim(request: CompletionRequest, variant: Variant, engine: Engine) -> Fim | None:
-    """How to honour the suffix with tokens; None where there is none, or where candidates are ranked by it."""
-    if not request.suffix:
+async def _fim(
+    request: CompletionRequest, variant: Variant, engine: Engine, infill: Infill | None
+) -> Fim | None:
+    """The tokens for the suffix; None where there is no suffix, or where candidates are ranked by it."""
+    if not request.suffix and infill is None:
         return None
     fim = await engine.fim(variant.fim)
-    if fim is None and variant.suffix != "rerank":
+    if fim is None and request.suffix and variant.suffix != "rerank":
         message = f"suffix: {variant.name} has no tokens for filling in the middle"
         raise bad_request(message, "suffix", "suffix_not_supported")
     return fim

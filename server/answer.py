@@ -48,16 +48,12 @@ class Answer:
 
     def whole(self) -> bytes:
         """The JSON of a finished generation."""
-        choices = [
-            self._whole_choice(choice, position * self._request.n + rank)
-            for position, run in enumerate(self._generation.runs)
-            for rank, choice in enumerate(run.best(self._request.n))
-        ]
+        choices = [self._whole_choice(choice) for choice in self._generation.returned()]
         return _encode({**self._head, "choices": choices, "usage": self._generation.usage()})
 
-    def _whole_choice(self, choice: Choice, index: int) -> dict[str, object]:
+    def _whole_choice(self, choice: Choice) -> dict[str, object]:
         return {
-            "index": index,
+            "index": choice.index,
             "text": self._echoed(choice.run) + choice.take_text(),
             **self._extras(choice, 0),
             "finish_reason": choice.finish_reason,

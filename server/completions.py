@@ -22,6 +22,7 @@ from tokenmill.server.parse import first_of, parse_completion
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
+from tokenmill.server.rerank import rank_by_suffix
 from tokenmill.server.responses import send_json
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class CompletionEndpoint:
         context.model = variant.name
         status = 500
         try:
-            await Exchange(self._options, request, variant, model, context).run(receive, send)
+            await self._exchange(request, variant, model, context).run(receive, send)
             status = 200
         except ApiError as error:
             status = error.status
@@ -83,6 +84,12 @@ class CompletionEndpoint:
         finally:
             context.outcome = status
             model.metrics.outcomes[str(status)] += 1
+
+
+    def _exchange(
+        self, request: CompletionRequest, variant: Variant, model: Model, context: RequestContext
+    ) -> Exchange:
+        return Exchange(self._options, request, variant, model, context)
 
 
 class Exchange:
@@ -131,14 +138,20 @@ class Exchange:
             engine = await model.acquire()
             salt = cache_salt(self._options.salt_rule, context.api_key, request.user)
             job = await self._job(engine, salt)
-            generation = Generation(context, engine, job, guard, place, model.metrics, request.stream)
+            # What is ranked at the end can't be streamed as it comes.
+            live = request.stream and job.suffix is None
+            generation = Generation(context, engine, job, guard, place, model.metrics, live)
             answer = self._answer(generation)
             try:
                 generation.start()
-                if request.stream:
+                if live:
                     await stream.run(generation, answer, with_done=not self._options.gateway)
                     return None
                 await generation.finished()
+                await rank_by_suffix(generation)
+                if request.stream:
+                    await stream.run_finished(generation, answer, with_done=not self._options.gateway)
+                    return None
                 return answer.whole()
             finally:
                 generation.close()
@@ -181,6 +194,10 @@ class Stream:
                 generation.blocked = True
                 await self._write(data, more=not generation.done)
                 generation.blocked = False
+
+    async def run_finished(self, generation: Generation, answer: Writer, with_done: bool) -> None:
+        """Send the choices that the client gets, each as one chunk."""
+        await self._write(answer.chunks(generation.returned()) + answer.end(with_done), more=False)
 
     async def _write(self, data: bytes, more: bool) -> None:
         if not self._context.answering:

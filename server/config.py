@@ -100,6 +100,10 @@ class FimMarkup(Section, frozen=True, kw_only=True):
     order: FimOrder = "psm"
     stop: tuple[FimToken, ...] = ()
     """Tokens that end what is filled in, beside the model's EOS and the three above."""
+    repo: FimToken | None = None
+    """What other files begin with, for models that were trained on repositories."""
+    file: FimToken | None = None
+    """What stands before each file's name."""
 
 
 class Deployment(Section, frozen=True, kw_only=True):
@@ -146,7 +150,7 @@ class Entry(Section, frozen=True, kw_only=True):
     fim: FimMarkup | str | bool = "auto"
     """`auto`, a preset's name, the tokens themselves, or off."""
     suffix: SuffixWay = "tokens"
-    """What a request's suffix does where the model has no tokens for it: refused, or candidates are ranked."""
+    """What a suffix does where the model has no tokens for it: refused, or candidates are ranked by it."""
     speculation: Speculation = Speculation()
     speech: str | None = None
     aliases: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.messages import Add, Delta, PromptLogprobs, TopLogprobs
@@ -90,6 +91,7 @@ class PromptRun:
 
     def __init__(self, generation: Generation, request: int, prompt: PromptInput, first_index: int) -> None:
         params = generation.job.params
+        tokenizer = generation.job.tokenizer or generation.engine.tokenizer
         self.request = request
         self.prompt = prompt
         self.cached_tokens = 0
@@ -100,7 +102,7 @@ class PromptRun:
                 self,
                 first_index + i,
                 Detokenizer(
-                    generation.engine.tokenizer,
+                    tokenizer,
                     params.stop,
                     params.include_stop,
                     params.skip_special_tokens,
@@ -166,6 +168,8 @@ class Generation:
         self.guard = guard
         self.blocked = False
         """Set while a send waits for the client to read."""
+        self.watch: Callable[[Choice, float], None] | None = None
+        """Called with each choice that has news; it may end the choice by giving it a finish reason."""
         self._place = place
         self._metrics = metrics
         self._arrival = context.arrival
@@ -205,6 +209,13 @@ class Generation:
         self._parts.append(part)
         return part
 
+    def returned(self) -> list[Choice]:
+        """The choices that the client gets, numbered by their places in the answer."""
+        choices = [choice for run in self.runs for choice in run.best(self.job.params.n)]
+        for index, choice in enumerate(choices):
+            choice.index = index
+        return choices
+
     @property
     def done(self) -> bool:
         """Whether every choice has ended."""
@@ -243,6 +254,8 @@ class Generation:
         if delta.token_ids:
             self._observe(choice, len(delta.token_ids), now)
         choice.take(delta)
+        if self.watch is not None and choice.finish_reason is None:
+            self.watch(choice, now)
         if choice.finish_reason is not None:
             self._finish(run, delta)
         if self._streams:

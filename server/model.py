@@ -18,6 +18,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import FromEngine, LoadFailed, Loading, Ready, Stats
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config import FimMarkup
+from tokenmill.server.chat_format import ChatFormat
 from tokenmill.server.engine_client import EngineClient
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
@@ -47,6 +48,7 @@ class Engine:
         self.ready = ready
         self.tokenizer = Tokenizer(ready.tokenizer)
         self._fims: dict[FimMarkup | str | bool, Fim | None] = {}
+        self._chats: dict[tuple[str | None, str], ChatFormat] = {}
 
     @property
     def context(self) -> int:
@@ -59,6 +61,13 @@ class Engine:
             # The serialised tokenizer is megabytes of JSON.
             self._fims[wanted] = await asyncio.to_thread(make_fim, self.tokenizer, wanted)
         return self._fims[wanted]
+
+    def chat(self, template: str | None, tool_parser: str) -> ChatFormat:
+        """How the model chats, by an entry's `chat_template` (None: its own) and `tool_parser`. `ApiError`."""
+        wanted = (template, tool_parser)
+        if wanted not in self._chats:
+            self._chats[wanted] = ChatFormat(self.tokenizer, template, tool_parser)
+        return self._chats[wanted]
 
 
 class Place:

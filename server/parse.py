@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -16,6 +16,7 @@ from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.protocol import CompletionRequest
 
 logger = logging.getLogger(__name__)
+Request = TypeVar("Request", bound=BaseModel)
 
 EXTRA_PARAMS = ("inference_extra_params", "extra_body")
 ALIASES = {
@@ -36,20 +37,25 @@ def parse_completion(body: bytes, warn_unknown: bool = False) -> CompletionReque
 
 def check_completion(values: dict[str, Any], warn_unknown: bool = False) -> CompletionRequest:
     """The checked request of the object that a body holds. Raises `ApiError` 400."""
+    request = validated(values, CompletionRequest, warn_unknown)
+    check_conflicts(request)
+    check_supported(request)
+    return request
+
+
+def validated(values: dict[str, Any], model: type[Request], warn_unknown: bool = False) -> Request:
+    """The values as a request of this kind, each field checked by itself. Raises `ApiError` 400."""
     drop_inner_nulls(values)
     if warn_unknown:
-        known = CompletionRequest.model_fields
+        known = model.model_fields
         for name in [name for name in values if name not in known]:
             logger.warning("unknown parameter %s is ignored", shorten(name))
             del values[name]
     merge_aliases(values)
     try:
-        request = CompletionRequest.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise describe(error, CompletionRequest) from None
-    check_conflicts(request)
-    check_supported(request)
-    return request
+        raise describe(error, model) from None
 
 
 def drop_inner_nulls(values: dict[str, Any]) -> None:

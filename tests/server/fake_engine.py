@@ -1,8 +1,10 @@
 """A scripted engine process: speaks the socket's frames, generates toy text, fails on command. No torch.
 
 Run as `python fake_engine.py [--mode NAME] --fd N`. The generation repeats the prompt's tokens,
-deterministically; the source in `Start` may carry settings: `fake:load_s=0.5,step_s=0.01,eos_after=7`.
-A prompt that contains a trigger word makes it misbehave: see `TRIGGERS`.
+deterministically; the source in `Start` may carry settings: `fake:load_s=0.5,step_s=0.01,eos_after=7`;
+with `fim=1` its tokenizer has tokens for filling in the middle. A prompt that contains a trigger word makes
+it misbehave: see `TRIGGERS`. Under a grammar it says the grammar's kind and text, and ends; one that contains
+REFUSE can't be compiled. A prediction is right about every token that it holds.
 """
 
 from __future__ import annotations
@@ -41,8 +43,14 @@ BLOCK_SIZE = 16
 TRIGGERS = ("CRASH", "HANG", "NANROW", "GARBAGE")
 
 
-def make_tokenizer() -> TokenizerInfo:
-    """Byte-level, 256 bytes and a few merges, `<s>` before each text, `</s>` at the end of a generation."""
+FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>")
+
+
+def make_tokenizer(fim: bool = False) -> TokenizerInfo:
+    """Byte-level, 256 bytes and a few merges, `<s>` before each text, `</s>` at the end of a generation.
+
+    `fim`: with StarCoder's tokens for filling in the middle, the last two of which aren't marked as special.
+    """
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n")]
     for left, right in merges:
@@ -51,6 +59,9 @@ def make_tokenizer() -> TokenizerInfo:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<s>", "</s>"])
+    if fim:
+        library.add_special_tokens(list(FIM_TOKENS[:2]))
+        library.add_tokens(list(FIM_TOKENS[2:]))
     start, end = library.token_to_id("<s>"), library.token_to_id("</s>")
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     return TokenizerInfo(
@@ -59,11 +70,12 @@ def make_tokenizer() -> TokenizerInfo:
         eos_token="</s>",
         bos_id=start,
         eos_ids=[end],
-        vocab_size=end + 1,
+        vocab_size=library.get_vocab_size(),
     )
 
 
 TOKENIZER = make_tokenizer()
+FIM_TOKENIZER = make_tokenizer(fim=True)
 LIBRARY = Tokenizer.from_str(TOKENIZER.tokenizer_json)
 WIDTH = TOKENIZER.vocab_size + 6
 EOS = TOKENIZER.eos_ids[0]
@@ -96,11 +108,20 @@ class Sequence:
     choice: int
     made: list[int] = field(default_factory=list)
 
+    @property
+    def refused(self) -> bool:
+        """Whether its grammar can't be compiled."""
+        grammar = self.add.params.grammar
+        return grammar is not None and "REFUSE" in grammar.text
+
     def step(self, eos_after: int) -> Delta:
         """One token more."""
         params, position = self.add.params, len(self.made)
         prompt = self.add.prompt
         token = next_token(prompt, self.made, params.seed or 0, self.choice if params.temperature else 0)
+        if params.grammar is not None:
+            said = LIBRARY.encode(f"{params.grammar.kind}:{params.grammar.text}", add_special_tokens=False).ids
+            token = said[position] if position < len(said) else EOS
         if eos_after and position >= max(eos_after, params.min_tokens) and not params.ignore_eos:
             token = EOS
         for banned, bias in params.logit_bias.items():
@@ -120,6 +141,9 @@ class Sequence:
             return delta
         self.made.append(token)
         delta.token_ids = [token]
+        if self.add.prediction is not None:
+            delta.accepted_drafts = int(token in self.add.prediction)
+            delta.rejected_drafts = 1 - delta.accepted_drafts
         if params.logprobs is not None:
             delta.logprobs = [logprob(token, position)]
             delta.top = [top(token, position, params.logprobs)]
@@ -178,7 +202,7 @@ class FakeEngine:
             os._exit(0)
         self.send(
             Ready(
-                tokenizer=TOKENIZER,
+                tokenizer=FIM_TOKENIZER if self.settings.get("fim") else TOKENIZER,
                 logits_width=WIDTH,
                 max_context=int(start.config.max_context or 256),
                 block_size=BLOCK_SIZE,
@@ -236,6 +260,8 @@ class FakeEngine:
         for key, sequence in list(self.sequences.items())[: self.max_batch]:
             if "NANROW" in LIBRARY.decode(sequence.add.prompt) and len(sequence.made) == 3:
                 delta = Delta(*key, [], finish="error", error="NaN in the logits of /secret/path")
+            elif sequence.refused:
+                delta = Delta(*key, [], finish="error", error="it can't be compiled", invalid=True)
             else:
                 delta = sequence.step(eos_after)
             self.generated += len(delta.token_ids)

@@ -51,12 +51,31 @@ GOOD: dict[str, list[Any]] = {
     "return_token_log_probs": [True, False],
     "echo": [True],
     "stream": [True, False],
-    "response_format": [{"type": "text"}, {"type": "text", "json_schema": None}],
+    "response_format": [
+        {"type": "text"},
+        {"type": "text", "json_schema": None},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a-b_1"}},
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"type": "array"}, "strict": True, "description": "d"},
+        },
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": None, "strict": None}},
+    ],
+    "guided_json": [{}, {"type": "object"}, "{}", '{"type": "string"}'],
+    "guided_regex": ["a+"],
+    "guided_choice": [["a"], ["a", "b"]],
+    "guided_grammar": ['root ::= "a"'],
+    "prediction": [
+        {"type": "content", "content": "a"},
+        {"type": "content", "content": ""},
+        {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ],
     "tools": [[]],
     "tool_choice": ["none", "auto"],
     "parallel_tool_calls": [True, False],
     "modalities": [["text"]],
-    "suffix": [""],
+    "suffix": ["", "x"],
     "inference_timeout": [1, 0.5, "30", "0.5", 1e300],
     "timeout": [1, "2"],
     "inference_extra_params": [{}, {"top_k": 5}, {"top_k": None}],
@@ -134,23 +153,38 @@ BAD: dict[str, list[Any]] = {
     "stream": [1, "true"],
     "stream_options": [{"include_usage": True}, True, []],
     "response_format": [
-        {"type": "json_object"},
+        {"type": "json_schema"},
         {"type": "json_schema", "json_schema": {}},
+        {"type": "json_schema", "json_schema": {"name": "two words"}},
+        {"type": "json_schema", "json_schema": {"name": "a" * 65}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}},
+        {"type": "json_schema", "json_schema": {"name": "a", "strict": 1}},
+        {"type": "json_object", "json_schema": {"name": "a"}},
+        {"type": "text", "json_schema": {"name": "a"}},
         {"type": "x"},
         {},
         "text",
     ],
-    "guided_json": [{}, "{}", False],
-    "guided_regex": ["a+"],
-    "guided_choice": [["a"]],
-    "guided_grammar": ["root ::= 'a'"],
+    "guided_json": [False, 5, [], "{", "[]", "5", "[" * 100_000],
+    "guided_regex": ["", 5, "a" * ((1 << 20) + 1)],
+    "guided_choice": [[], "a", [""], [5]],
+    "guided_grammar": ["", 5],
     "tools": [[{"type": "function", "function": {"name": "f"}}], 5],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, 5],
     "parallel_tool_calls": [1],
-    "prediction": [{"type": "content", "content": "a"}],
+    "prediction": [
+        {},
+        "a",
+        {"type": "content"},
+        {"type": "text", "content": "a"},
+        {"type": "content", "content": 5},
+        {"type": "content", "content": []},
+        {"type": "content", "content": [{"type": "image_url", "text": "a"}]},
+        {"type": "content", "content": ["a"]},
+    ],
     "modalities": [["text", "audio"], ["video"], "text"],
     "audio": [{"format": "wav", "voice": "alloy"}],
-    "suffix": ["x", 5],
+    "suffix": [5, ["x"], True],
     "inference_timeout": [0, -1, "x", "-1", "1e5", "", True, [], "nan", "inf"],
     "timeout": [0, "x"],
     "inference_extra_params": [
@@ -250,6 +284,9 @@ def test_unknown_parameter_names_the_closest() -> None:
     assert (error.code, error.param) == ("unknown_parameter", "temperatur")
     assert "temperature" in error.message
     assert refusal(b'{"prompt": "a", "stream": true, "stream_options": {"x": 1}}').code == "unknown_parameter"
+    nested = {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "a", "x": 1}}}
+    error = refusal(json.dumps(nested).encode())
+    assert (error.code, error.param) == ("unknown_parameter", "response_format.json_schema.x")
     long = refusal(b'{"prompt": "a", "' + b"x" * 10_000 + b'": 1}')
     assert len(long.body()) < 1000
 
@@ -301,6 +338,9 @@ def test_extra_params_are_merged() -> None:
         ({"top_logprobs": 2, "logprobs": 3}, "top_logprobs"),
         ({"return_token_log_probs": True, "logprobs": False}, "logprobs"),
         ({"return_token_log_probs": True, "logprobs": 5}, "logprobs"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"response_format": {"type": "json_object"}, "guided_json": {}}, "guided_json"),
+        ({"suffix": "a", "echo": True, "logprobs": 0}, "echo"),
     ],
 )
 def test_conflicts_between_fields(fields: dict[str, Any], param: str) -> None:
@@ -326,9 +366,7 @@ def test_logprobs_are_decided_on_the_json_type() -> None:
 
 def test_codes_of_what_is_not_supported() -> None:
     for fields, code in (
-        ({"suffix": "x"}, "suffix_not_supported"),
         ({"modalities": ["audio"]}, "unsupported_modality"),
-        ({"prediction": {"type": "content", "content": "x"}}, "unsupported_parameter"),
     ):
         with pytest.raises(ApiError) as caught:
             parse(**fields)

@@ -1,0 +1,276 @@
+"""The Triton kernels as a kernel set: their workspaces, their plans, and which product a number of rows gets.
+
+    rows ≤ 64   our skinny product: at the memory's speed, and the same bits in any crowd
+    more        cuBLAS, which is nearer the matrix units' rate; with `deterministic` ours again, and slower
+
+Buffers that outlive a step (workspaces, plans) are made by `reserve` and at first use, never while serving, so
+that captured graphs may keep their addresses.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenmill.engine.kernel_set import (
+    Adjustments,
+    Lookup,
+    Mixture,
+    Penalties,
+    Product,
+    ReferenceKernels,
+    Settings,
+    join,
+    join_biases,
+)
+from tokenmill.kernels import gpu
+
+SKINNY_ROWS = 64
+"""Up to here a row's product has the same bits whatever the number of rows."""
+SKINNY_TILE = 32
+DECODE_TILE = 16
+WORKSPACE_FLOATS = 1 << 24
+
+
+def why_not() -> str | None:
+    """Why the Triton kernels can't run here, in one line; None if they can."""
+    if not gpu.available():
+        return "the GPU kernels need Triton: pip install 'tokenmill[gpu]'"
+    reason: str | None = gpu.check_toolchain()
+    return reason
+
+
+class GpuKernels(ReferenceKernels):
+    """Triton on a CUDA device, or on CPU tensors under TRITON_INTERPRET=1."""
+
+    name = "triton"
+    captures = True
+    fp8_cache = True
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> None:
+        self.device, self.dtype, self.deterministic = device, dtype, deterministic
+        self.overlaps = gpu.supports_overlap(device)
+        self.store_kv = gpu.store_kv
+        self.copy_blocks = gpu.copy_blocks
+        self.apply_logit_bias = gpu.apply_logit_bias
+        self.apply_penalties = gpu.apply_penalties
+        self.apply_bitmask = gpu.apply_bitmask
+        self.route = gpu.route
+        self.paged_attention = self._attend
+        self.rms_norm = self._rms_norm
+        self.rope_store = self._rope_store
+        self.token_logprobs = self._token_logprobs
+        self._linear_space = gpu.make_linear_workspace(device, WORKSPACE_FLOATS)
+        self._sampling_space: Any = None
+        self._logprobs_space: Any = None
+        self._adjusted: Tensor | None = None
+        self._rows = 0
+        self._width = 0
+        self._plans: dict[tuple[int, ...], Any] = {}
+        self._still: tuple[Tensor, Tensor] | None = None
+
+    def reserve(self, rows: int, width: int) -> None:
+        self._rows, self._width = rows, width
+        self._sampling_space = gpu.make_sampling_workspace(rows, width, self.device)
+        self._logprobs_space = gpu.make_logprobs_workspace(rows, width, self.device)
+        self._adjusted = torch.empty(rows, width, dtype=torch.float32, device=self.device)
+        self._plans.clear()
+
+    # ---------------------------------------------------------------- attention
+
+    def plan_attention(self, decodes: int) -> StepPlans:
+        return StepPlans(self, decodes)
+
+    def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
+        out: Tensor = gpu.paged_attention(_rowwise(query), *args, **options)
+        return out
+
+    def decode_plan(self, rows: int, query: Tensor, k_cache: Tensor, v_cache: Tensor, window: int) -> Any:
+        """The list of work of one kind of layer, for as many rows as any step has; its buffers stay."""
+        shape = (query.shape[1], k_cache.shape[1], k_cache.shape[3], v_cache.shape[3])
+        if rows > self._rows:
+            return gpu.make_decode_plan(rows, *shape, k_cache.dtype, self.device, window=window)
+        key = (*shape, window)
+        if key not in self._plans:
+            self._plans[key] = gpu.make_decode_plan(
+                self._rows, *shape, k_cache.dtype, self.device, window=window
+            )
+        return self._plans[key]
+
+    def _rope_store(
+        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, *caches: Tensor, **options: Any
+    ) -> Tensor:
+        if cos is None or sin is None:
+            # Turning two dimensions by no angle is how a layer without RoPE passes through the same kernel.
+            if self._still is None:
+                ones = torch.ones(1, 1, device=self.device)
+                self._still = (ones, torch.zeros_like(ones))
+            (cos, sin), options["positions"] = self._still, torch.zeros_like(slots)
+        query: Tensor = gpu.rope_store(_rowwise(qkv), cos, sin, slots, *caches, **options)
+        return query
+
+    # ---------------------------------------------------------------- norms and products
+
+    def _rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        normed: Tensor = gpu.rms_norm(_rowwise(x), weight, eps, offset)
+        return normed
+
+    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+        return GpuLinear(join(weights), join_biases(weights, biases), gate, self._linear_space, self.deterministic)
+
+    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        tile = DECODE_TILE if self.deterministic else None
+        mix = partial(gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile)
+        return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
+
+    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
+        return lambda ids: functional.embedding(ids, weight)
+
+    # ---------------------------------------------------------------- sampling
+
+    def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
+        """One pass for bias and penalties, which leaves the raw rows readable; nothing to do returns them."""
+        if changes.bias is None and not changes.penalties and changes.mask is None:
+            return logits
+        rows, width = logits.shape
+        out = self._adjusted[:rows] if self._adjusted is not None and rows <= self._rows else None
+        if out is not None and out.shape[1] != width:
+            out = None
+        bias = None if changes.bias is None else gpu.Bias(*changes.bias)
+        first = gpu.Penalties(*changes.penalties[0].arguments) if changes.penalties else None
+        work: Tensor = gpu.adjust_logits(logits, bias=bias, penalties=first, out=out)
+        for penalties in changes.penalties[1:]:
+            gpu.apply_penalties(work, *penalties.arguments)
+        if changes.mask is not None:
+            gpu.apply_bitmask(work, *changes.mask)
+        return work
+
+    def draw(
+        self,
+        logits: Tensor,
+        settings: Settings,
+        *,
+        filtered: bool = True,
+        counted: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = logits.shape
+        flags = torch.empty(rows, dtype=torch.int32, device=logits.device)
+        fits = rows <= self._rows and width == self._width
+        lines, counts = (None, None) if counted is None else counted
+        tokens: Tensor = gpu.sample(
+            logits,
+            *settings,
+            filtered=filtered,
+            slots=lines,
+            output_counts=counts,
+            flags=flags,
+            workspace=self._sampling_space if fits else None,
+            out=out,
+        )
+        return tokens, flags
+
+    def _token_logprobs(self, logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        fits = logits.shape[0] <= self._rows and logits.shape[1] == self._width
+        found: tuple[Tensor, Tensor, Tensor] = gpu.token_logprobs(
+            logits, chosen, top, workspace=self._logprobs_space if fits else None
+        )
+        return found
+
+
+@dataclass(slots=True)
+class StepPlans:
+    """One step's lists of work, filled when its first layer of each kind comes by."""
+
+    kernels: GpuKernels
+    decodes: int
+    _decode: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _prefill: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: tuple[Tensor, Tensor, Tensor], **options: Any
+    ) -> Tensor:
+        """`reference.paged_attention`; the step's first `decodes` rows have one token each."""
+        query, window = _rowwise(query), int(options.get("window", 0))
+        _, seq_lens, query_start = lengths
+        key = (query.shape[1], k_cache.shape[1], k_cache.shape[3], v_cache.shape[3], window)
+        if self.decodes and key not in self._decode:
+            plan = self.kernels.decode_plan(self.decodes, query, k_cache, v_cache, window)
+            gpu.plan_decode(plan, seq_lens[: self.decodes])
+            self._decode[key] = plan
+        if self.decodes < seq_lens.shape[0] and key[:-1] not in self._prefill:
+            self._prefill[key[:-1]] = gpu.plan_prefill(query, k_cache, v_cache, query_start[self.decodes :])
+        out: Tensor = gpu.paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            *lengths,
+            **options,
+            decodes=self.decodes,
+            decode_plan=self._decode.get(key),
+            prefill_plan=self._prefill.get(key[:-1]),
+        )
+        return out
+
+
+class GpuLinear:
+    """A weight [out, in] with what follows its product; see the module's first lines for which product."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, gate: str | None, workspace: Any, deterministic: bool
+    ) -> None:
+        self.weight, self.bias, self.gate = weight.contiguous(), bias, gate
+        self._workspace, self._deterministic = workspace, deterministic
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [T, in], residual [T, out] or None → [T, out], in `out` if given."""
+        if x.shape[0] <= SKINNY_ROWS or self._deterministic:
+            return self._skinny(x, residual, out)
+        if residual is None and self.gate is None and self.bias is None:
+            return torch.mm(x, self.weight.T, out=out)
+        if residual is not None and self.gate is None and self.bias is None:
+            return torch.addmm(residual, x, self.weight.T, out=out)
+        result = functional.linear(x, self.weight, self.bias)
+        if self.gate is not None:
+            result = gpu.activation_mul(result, self.gate)
+        result = result if residual is None else result.add_(residual)
+        return result if out is None else out.copy_(result)
+
+    def _skinny(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        many = x.shape[0] > SKINNY_ROWS
+        result: Tensor = gpu.linear(
+            _rowwise(x),
+            self.weight,
+            bias=self.bias,
+            activation=self.gate,
+            residual=residual,
+            tile_rows=SKINNY_TILE if many else None,
+            out=out,
+            # Partial sums of many rows may not fit the shared workspace: such calls bring their own.
+            workspace=None if many else self._workspace,
+        )
+        return result
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    """x as the kernels read it: everything behind the first dimension contiguous."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if stride != expected and size != 1:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+__all__ = ["GpuKernels", "GpuLinear", "Penalties", "StepPlans", "interpreted", "why_not"]

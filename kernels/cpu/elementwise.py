@@ -1,0 +1,153 @@
+"""The passes between matrix products on the CPU: twins of `kernels/reference.py`, and fused ones.
+
+Everything is computed in float32 and rounded once, at the end of a pass.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels.cpu.library import ACTIVATIONS, check, required, type_of
+
+_ROPE = struct.Struct("@10P7qffii")
+"""`Rope` of src/elementwise.cpp."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """RMS norm over the last dimension in float32, times (offset + weight); result in x's type.
+
+    `weight` [size] has x's type; x is contiguous.
+    """
+    size = x.shape[-1]
+    check(x, "x", tuple(x.shape))
+    check(weight, "weight", (size,), x.dtype)
+    normed = torch.empty_like(x)
+    required().tm_rms_norm(
+        *(x.data_ptr(), None, weight.data_ptr(), None, normed.data_ptr()),
+        *(x.numel() // max(size, 1), size, eps, offset, type_of(x)),
+    )
+    return normed
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """residual + x, rounded to its type, and the RMS norm of that sum: (normed, sum)."""
+    size = x.shape[-1]
+    check(x, "x", tuple(x.shape))
+    check(residual, "residual", tuple(x.shape), x.dtype)
+    check(weight, "weight", (size,), x.dtype)
+    normed, total = torch.empty_like(x), torch.empty_like(x)
+    required().tm_rms_norm(
+        *(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), total.data_ptr(), normed.data_ptr()),
+        *(x.numel() // max(size, 1), size, eps, offset, type_of(x)),
+    )
+    return normed, total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the last dimension in float32; weight and bias [size] have x's type."""
+    size = x.shape[-1]
+    check(x, "x", tuple(x.shape))
+    check(weight, "weight", (size,), x.dtype)
+    if bias is not None:
+        check(bias, "bias", (size,), x.dtype)
+    normed = torch.empty_like(x)
+    required().tm_layer_norm(
+        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), normed.data_ptr()),
+        *(x.numel() // max(size, 1), size, eps, type_of(x)),
+    )
+    return normed
+
+
+def rope_store(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    heads: int,
+    positions: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Norm, RoPE and KV store of qkv [T, H*D + G*D + G*E] in one pass; returns the queries [T, H, D].
+
+    `cos`, `sin` are tables [context, W] float32 read at `positions` [T] int64, or rows [T, W] when that is
+    None; without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it.
+    A negative slot stores nothing. Raises ValueError for shapes or types that don't fit together.
+    """
+    blocks, kv_heads, block_size, size = k_cache.shape
+    value_size, tokens = v_cache.shape[3], qkv.shape[0]
+    check(qkv, "qkv", (tokens, (heads + kv_heads) * size + kv_heads * value_size))
+    check(slots, "slots", (tokens,), torch.int64)
+    check(k_cache, "k_cache", (blocks, kv_heads, block_size, size), qkv.dtype)
+    check(v_cache, "v_cache", (blocks, kv_heads, block_size, value_size), qkv.dtype)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            check(weight, name, (size,), qkv.dtype)
+    half = _check_angles(cos, sin, positions, tokens, size)
+    query = torch.empty(tokens, heads, size, dtype=qkv.dtype)
+    required().tm_rope_store(
+        _ROPE.pack(
+            *(0 if part is None else part.data_ptr() for part in (qkv, cos, sin, positions, slots)),
+            *(k_cache.data_ptr(), v_cache.data_ptr(), query.data_ptr()),
+            *(0 if weight is None else weight.data_ptr() for weight in (q_weight, k_weight)),
+            *(tokens, heads, kv_heads, size, value_size, half, block_size),
+            *(eps, norm_offset, interleaved, type_of(qkv)),
+        )
+    )
+    return query
+
+
+def _check_angles(
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, tokens: int, size: int
+) -> int:
+    """How many pairs turn."""
+    if cos is None or sin is None:
+        return 0
+    rows, half = cos.shape
+    check(cos, "cos", (tokens if positions is None else rows, half), torch.float32)
+    check(sin, "sin", (rows, half), torch.float32)
+    if positions is not None:
+        check(positions, "positions", (tokens,), torch.int64)
+    if 2 * half > size:
+        raise ValueError(f"{2 * half} rotary dimensions don't fit heads of {size}")
+    return half
+
+
+def activation_mul(gate_up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu or gelu_tanh."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    check(gate_up, "gate_up", (tokens, 2 * width))
+    out = torch.empty(tokens, width, dtype=gate_up.dtype)
+    required().tm_activation_mul(
+        gate_up.data_ptr(), out.data_ptr(), tokens, width, ACTIVATIONS[activation], type_of(gate_up)
+    )
+    return out
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """silu, gelu or gelu_tanh of x, computed in float32."""
+    check(x, "x", tuple(x.shape))
+    out = torch.empty_like(x)
+    required().tm_activate(x.data_ptr(), out.data_ptr(), x.numel(), ACTIVATIONS[activation], type_of(x))
+    return out
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` [n] int64 of table [V, size]; ids must be inside it."""
+    check(table, "table", (table.shape[0], table.shape[1]))
+    check(ids, "ids", (ids.shape[0],), torch.int64)
+    out = torch.empty(ids.shape[0], table.shape[1], dtype=table.dtype)
+    row_bytes = table.shape[1] * table.element_size()
+    required().tm_gather_rows(table.data_ptr(), ids.data_ptr(), out.data_ptr(), ids.shape[0], row_bytes)
+    return out

@@ -1,0 +1,131 @@
+"""Linear layers over quantized weights that stay packed: int8 and int4 made here, and GGUF's blocks.
+
+    unit * (scale * q + minimum)     q exact integers, scale and minimum in half precision for each group
+
+The integers are multiplied as they are; scale and minimum meet the float32 sums of their group. So the
+result is that of the dequantized weight in float32, up to the order of summation, and `PackedLinear`'s
+promise holds: a row is the same bits in every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels.cpu.library import TYPES, required
+from tokenmill.kernels.cpu.linear import INT4, INT8, PackedLinear, PackedStruct
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """One of GGUF's block types, and the packed form that holds it without loss of its integers."""
+
+    number: int
+    """As src/gguf.h counts them."""
+    elements: int
+    block_bytes: int
+    format: int
+    group: int
+    zero_point: int = 0
+    minima: bool = False
+    scale_at: tuple[int, ...] = ()
+    """Where the half-precision factors of a super-block stand; group scales are products with these."""
+    scale_factor: int = 1
+    """The largest integer that such a factor is multiplied with."""
+
+
+BLOCKS = {
+    "Q4_0": BlockKind(16, 32, 18, INT4, 32, zero_point=8),
+    "Q4_1": BlockKind(17, 32, 20, INT4, 32, minima=True),
+    "Q5_0": BlockKind(18, 32, 22, INT8, 32),
+    "Q5_1": BlockKind(19, 32, 24, INT8, 32, minima=True),
+    "Q8_0": BlockKind(20, 32, 34, INT8, 32),
+    "Q4_K": BlockKind(21, 256, 144, INT4, 32, minima=True, scale_at=(0, 2), scale_factor=63),
+    "Q5_K": BlockKind(22, 256, 176, INT8, 32, minima=True, scale_at=(0, 2), scale_factor=63),
+    "Q6_K": BlockKind(23, 256, 210, INT8, 16, scale_at=(208,), scale_factor=128),
+}
+"""GGUF types by name. Q5 and Q6 integers take a byte each once packed."""
+
+GROUPS = (32, 64, 128)
+"""Group sizes that `QuantizedLinear` rounds to, besides whole rows."""
+
+
+class QuantizedLinear(PackedLinear):
+    """A weight [out, in], bfloat16 or float32, rounded to 8 or 4 bits as it is packed.
+
+    8 bits are symmetric, one scale for each output or for each `group` of inputs; 4 bits have a scale and a
+    minimum for each group (32 by default). Bias and activation are `PackedLinear`'s.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bits: int,
+        group: int | None = None,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        if weight.dtype not in TYPES or weight.dim() != 2:
+            raise ValueError(f"a weight must be bfloat16 or float32 [out, in], not {weight.dtype}")
+        if bits not in (4, 8):
+            raise ValueError(f"bits must be 8 or 4, not {bits}")
+        if group is None:
+            group = 32 if bits == 4 else -(-weight.shape[1] // 32) * 32
+        elif group not in GROUPS:
+            raise ValueError(f"group must be one of {GROUPS}, not {group}")
+        largest = float(weight.abs().amax()) if weight.numel() else 0.0
+        struct = PackedStruct(format=INT4 if bits == 4 else INT8, group=group, minima=bits == 4)
+        struct.unit = _unit(largest if bits == 4 else largest / 127)
+        self._fill(struct, TYPES[weight.dtype], weight.contiguous(), weight.shape[1], activation)
+        self._set_bias(bias)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Tensor,
+        kind: str,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> QuantizedLinear:
+        """From GGUF blocks [out, bytes of a row] uint8 of a type in BLOCKS; rows may have been permuted."""
+        if kind not in BLOCKS:
+            raise ValueError(f"block type must be one of {', '.join(BLOCKS)}, not {kind}")
+        block = BLOCKS[kind]
+        if blocks.dtype != torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % block.block_bytes:
+            raise ValueError(
+                f"{kind} blocks must be uint8 [out, n * {block.block_bytes}], not {list(blocks.shape)}"
+            )
+        blocks = blocks.contiguous()
+        struct = PackedStruct(
+            format=block.format, group=block.group, zero_point=block.zero_point, minima=block.minima, unit=1.0
+        )
+        if block.scale_at:
+            factors = [_halves(blocks, block, at).abs().amax() for at in block.scale_at]
+            struct.unit = _unit(float(torch.stack(factors).amax()) * block.scale_factor)
+        linear = cls.__new__(cls)
+        inputs = blocks.shape[1] // block.block_bytes * block.elements
+        linear._fill(struct, block.number, blocks, inputs, activation)
+        linear._set_bias(bias)
+        return linear
+
+    def _fill(
+        self, struct: PackedStruct, source: int, weight: Tensor, inputs: int, activation: str | None
+    ) -> None:
+        self._lay_out(struct, weight.shape[0], inputs, activation)
+        required().tm_pack_quantized(self._address, source, weight.data_ptr(), self.data.data_ptr())
+
+
+def _halves(blocks: Tensor, block: BlockKind, at: int) -> Tensor:
+    """The half-precision numbers at one place of every block, as float32."""
+    each = blocks.view(-1, block.block_bytes)[:, at : at + 2].contiguous()
+    return each.view(torch.float16).float()
+
+
+def _unit(largest: float) -> float:
+    """The power of two that brings the largest scale near the top of half precision's range."""
+    if largest == 0.0 or not math.isfinite(largest):
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 15)

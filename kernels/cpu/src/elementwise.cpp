@@ -1,0 +1,231 @@
+// The passes between matrix products: norms, rotary embedding with the KV store, gated activations, embedding.
+#include "api.h"
+#include "threads.h"
+#include "vmath.h"
+
+namespace tokenmill {
+namespace {
+
+// Rows a task takes, so that handing it over costs little beside it.
+int64_t grain(int64_t row_elements) {
+  const int64_t rows = 16384 / (row_elements + 1);
+  return rows < 1 ? 1 : rows;
+}
+
+template <class Read>
+float inverse_rms(int64_t size, float eps, const Read& read) {
+  F sum = {};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    F x = read(i);
+    sum = fma(x, x, sum);
+  }
+  return 1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(size) + eps);
+}
+
+// normed = x * inverse * (offset + weight), over `size` elements.
+template <class T, class W, class X>
+void scale_row(const X* x, const W* weight, float inverse, float offset, int64_t size, T* normed) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    F factor = splat(offset) + load_up_to(weight + i, size - i);
+    store_up_to(normed + i, load_up_to(x + i, size - i) * splat(inverse) * factor, size - i);
+  }
+}
+
+template <class T>
+void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed, int64_t rows, int64_t size,
+               float eps, float offset) {
+  parallel_ranges(rows, grain(size), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T* row = x + r * size;
+      if (residual) {
+        T* total = sum + r * size;
+        for (int64_t i = 0; i < size; i += kLanes) {
+          F both = load_up_to(residual + r * size + i, size - i) + load_up_to(row + i, size - i);
+          store_up_to(total + i, both, size - i);
+        }
+        row = total;
+      }
+      const float inverse = inverse_rms(size, eps, [&](int64_t i) { return load_up_to(row + i, size - i); });
+      scale_row(row, weight, inverse, offset, size, normed + r * size);
+    }
+  });
+}
+
+template <class T>
+void layer_norm_rows(const T* x, const T* weight, const T* bias, T* normed, int64_t rows, int64_t size, float eps) {
+  parallel_ranges(rows, grain(size), [&](int64_t first, int64_t last) {
+    float* centred = scratch<float>(kRows, size + kLanes);
+    for (int64_t r = first; r < last; ++r) {
+      F sum = {};
+      for (int64_t i = 0; i < size; i += kLanes) sum = sum + load_up_to(x + r * size + i, size - i);
+      const F mean = splat(reduce_add(sum) / static_cast<float>(size));
+      for (int64_t i = 0; i < size; i += kLanes) store_up_to(centred + i, load_up_to(x + r * size + i, size - i) - mean, size - i);
+      const F inverse = splat(inverse_rms(size, eps, [&](int64_t i) { return load_up_to(centred + i, size - i); }));
+      for (int64_t i = 0; i < size; i += kLanes) {
+        F value = load_up_to(centred + i, size - i) * inverse * load_up_to(weight + i, size - i);
+        if (bias) value = value + load_up_to(bias + i, size - i);
+        store_up_to(normed + r * size + i, value, size - i);
+      }
+    }
+  });
+}
+
+struct Rope {
+  const void* qkv;           // [tokens, (heads + kv_heads) * size + kv_heads * value_size]
+  const float* cos;          // [any, half]
+  const float* sin;
+  const int64_t* positions;  // rows of cos and sin, or null: row t for token t
+  const int64_t* slots;      // negative: nothing is stored
+  void* k_cache;
+  void* v_cache;
+  void* query;               // [tokens, heads, size]
+  const void* q_norm;        // [size] or null
+  const void* k_norm;
+  int64_t tokens;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t size;
+  int64_t value_size;
+  int64_t half;              // pairs that turn
+  int64_t block_size;
+  float eps;
+  float offset;
+  int32_t interleaved;
+  int32_t type;
+
+  int64_t width() const { return (heads + kv_heads) * size + kv_heads * value_size; }
+};
+
+void rotate_halves(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t n = half - i;
+    F a = load_up_to(x + i, n), b = load_up_to(x + half + i, n);
+    F c = load_up_to(cos + i, n), s = load_up_to(sin + i, n);
+    store_up_to(x + i, fma(a, c, -(b * s)), n);
+    store_up_to(x + half + i, fma(b, c, a * s), n);
+  }
+}
+
+void rotate_neighbours(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cos[i] - b * sin[i];
+    x[2 * i + 1] = b * cos[i] + a * sin[i];
+  }
+}
+
+// One head: widen, norm, turn, round once.
+template <class T>
+void turn_head(const Rope& job, int64_t token, const T* from, const void* norm, T* to) {
+  float* x = scratch<float>(kRows, job.size + kLanes);
+  for (int64_t i = 0; i < job.size; i += kLanes) store(x + i, load_up_to(from + i, job.size - i));
+  if (norm) {
+    const float inverse = inverse_rms(job.size, job.eps, [&](int64_t i) { return load_up_to(x + i, job.size - i); });
+    scale_row(x, static_cast<const T*>(norm), inverse, job.offset, job.size, x);
+  }
+  const int64_t angle = (job.positions ? job.positions[token] : token) * job.half;
+  const float *cos = job.cos + angle, *sin = job.sin + angle;
+  if (job.interleaved) {
+    rotate_neighbours(x, cos, sin, job.half);
+  } else {
+    rotate_halves(x, cos, sin, job.half);
+  }
+  for (int64_t i = 0; i < job.size; i += kLanes) store_up_to(to + i, load_up_to(x + i, job.size - i), job.size - i);
+}
+
+template <class T>
+void rope_token(const Rope& job, int64_t token) {
+  const T* row = static_cast<const T*>(job.qkv) + token * job.width();
+  T* query = static_cast<T*>(job.query) + token * job.heads * job.size;
+  for (int64_t h = 0; h < job.heads; ++h) {
+    turn_head(job, token, row + h * job.size, job.q_norm, query + h * job.size);
+  }
+  const int64_t slot = job.slots[token];
+  if (slot < 0) return;
+  const T* key = row + job.heads * job.size;
+  const T* value = key + job.kv_heads * job.size;
+  for (int64_t g = 0; g < job.kv_heads; ++g) {
+    const int64_t at = (slot / job.block_size * job.kv_heads + g) * job.block_size + slot % job.block_size;
+    turn_head(job, token, key + g * job.size, job.k_norm, static_cast<T*>(job.k_cache) + at * job.size);
+    std::memcpy(static_cast<T*>(job.v_cache) + at * job.value_size, value + g * job.value_size,
+                static_cast<size_t>(job.value_size) * sizeof(T));
+  }
+}
+
+template <class T>
+void gate_rows(const T* gate_up, T* out, int64_t rows, int64_t width, int activation) {
+  parallel_ranges(rows, grain(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T* gate = gate_up + r * 2 * width;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        F up = load_up_to(gate + width + i, width - i);
+        store_up_to(out + r * width + i, activate(load_up_to(gate + i, width - i), activation) * up, width - i);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill
+
+// normed [rows, size] = RMS norm of x, or of residual + x, which is then also written to `sum`.
+TM_API void tm_rms_norm(const void* x, const void* residual, const void* weight, void* sum, void* normed,
+                        int64_t rows, int64_t size, float eps, float offset, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    norm_rows(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
+              static_cast<T*>(sum), static_cast<T*>(normed), rows, size, eps, offset);
+  });
+}
+
+// normed [rows, size] = layer norm of x; `bias` may be null.
+TM_API void tm_layer_norm(const void* x, const void* weight, const void* bias, void* normed, int64_t rows,
+                          int64_t size, float eps, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    layer_norm_rows(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
+                    static_cast<T*>(normed), rows, size, eps);
+  });
+}
+
+TM_API void tm_rope_store(const tokenmill::Rope* job) {
+  using namespace tokenmill;
+  parallel_ranges(job->tokens, grain(job->width()), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      with_type(job->type, [&](auto element) { rope_token<decltype(element)>(*job, t); });
+    }
+  });
+}
+
+// out [rows, width] = act(gate) * up over gate_up [rows, 2 * width].
+TM_API void tm_activation_mul(const void* gate_up, void* out, int64_t rows, int64_t width, int activation, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    gate_rows(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, width, activation);
+  });
+}
+
+// out [count] = act(x [count]).
+TM_API void tm_activate(const void* x, void* out, int64_t count, int activation, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    parallel_ranges(count, grain(1), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i += kLanes) {
+        F value = load_up_to(static_cast<const T*>(x) + i, last - i);
+        store_up_to(static_cast<T*>(out) + i, activate(value, activation), last - i);
+      }
+    });
+  });
+}
+
+// out [count, row_bytes] = rows `ids` of table, whole bytes.
+TM_API void tm_gather_rows(const char* table, const int64_t* ids, char* out, int64_t count, int64_t row_bytes) {
+  using namespace tokenmill;
+  parallel_ranges(count, grain(row_bytes / 4), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memcpy(out + i * row_bytes, table + ids[i] * row_bytes, row_bytes);
+  });
+}

@@ -1,0 +1,219 @@
+// y = epilogue(x W^T): one kernel for every number of rows.
+//
+// A task is one pair of packed columns (32 outputs) times one panel of rows; the weight streams through once a
+// panel. Within a task K runs in order: in one go for plain weights; for quantized ones group by group, where
+// the group's integers are unpacked to bfloat16, multiplied, and only the group's sums meet scale and minimum:
+//
+//   sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
+//
+// So a row's result is the same bits alone and in any batch.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "amx.h"
+#include "api.h"
+#include "epilogue.h"
+#include "operand.h"
+#include "packed.h"
+#include "product.h"
+#include "threads.h"
+#include "unpack.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr int kBlock = 32;                // rows that share one pass over a pair
+constexpr int64_t kPanelBytes = 1 << 20;  // of x: what stays in a core's own cache beside the weight
+constexpr int64_t kMaxPanelRows = 512;
+constexpr int64_t kChunk = 8;             // steps of a quantized weight unpacked at a time
+constexpr int64_t kAhead = 2048;          // bytes of it that are asked for in advance
+
+TM_INLINE void set_rows(int rows) {
+#if defined(__AMX_BF16__)
+  configure_tiles(rows);
+#else
+  (void)rows;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kDirect = true;  // bfloat16 x is multiplied as it is
+
+TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
+                        bool fresh, const Ahead& ahead) {
+#if defined(__AMX_BF16__)
+  amx_product(x, stride, weight, steps, rows, sums, fresh, ahead);
+#else
+  (void)ahead;
+  vector_product(x, stride, weight, steps, rows, sums, fresh);
+#endif
+}
+#else
+constexpr bool kDirect = false;
+#endif
+
+template <class W>
+TM_INLINE void multiply(const float* x, int64_t stride, const W* weight, int64_t length, int rows, float* sums,
+                        bool fresh, const Ahead&) {
+  vector_product(x, stride, weight, length, rows, sums, fresh);
+}
+
+template <class T, class W>
+void plain_task(const Call& call, const Operand<T>& operand, int64_t pair, int64_t first, int64_t last) {
+  alignas(64) float sums[kBlock * kPair];
+  const Packed& w = call.weight;
+  const W* weight = reinterpret_cast<const W*>(w.pair(pair));
+  const int64_t length = sizeof(W) == 2 ? w.steps() : w.in;
+  // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
+  const int64_t blocks = divide_up(last - first, kBlock);
+  Ahead ahead{reinterpret_cast<const char*>(weight) + (blocks == 1 ? 2048 : w.pair_bytes()),
+              divide_up(kStepElements * 2, blocks * 64) * 64};
+  int shaped = 0;
+  for (int64_t r = first; r < last; r += kBlock) {
+    int rows = static_cast<int>(last - r < kBlock ? last - r : kBlock);
+    if (rows != shaped) set_rows(shaped = rows);
+    multiply(operand.x + r * operand.stride, operand.stride, weight, length, rows, sums, true, ahead);
+    ahead.from += length * ahead.bytes;
+    finish(call, pair, r, rows, sums);
+  }
+}
+
+// sums [rows][32] += scale * part + minimum * the row's sum over the group.
+void fold_group(const Packed& w, const uint8_t* group, const float* part, const float* group_sums, int rows,
+                float* sums) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(group);
+  const F left = load_half(scales), right = load_half(scales + 16);
+  if (!w.minima) {
+    for (int r = 0; r < rows; ++r, part += kPair, sums += kPair) {
+      store(sums, fma(load(part), left, load(sums)));
+      store(sums + 16, fma(load(part + 16), right, load(sums + 16)));
+    }
+    return;
+  }
+  const F low = load_half(scales + 32), high = load_half(scales + 48);
+  for (int r = 0; r < rows; ++r, part += kPair, sums += kPair) {
+    const F whole = splat(group_sums[r]);
+    store(sums, fma(low, whole, fma(load(part), left, load(sums))));
+    store(sums + 16, fma(high, whole, fma(load(part + 16), right, load(sums + 16))));
+  }
+}
+
+// A quantized pair: group by group, unpack, multiply with all rows, fold.
+template <class T>
+class QuantizedTask {
+ public:
+  QuantizedTask(const Call& call, const Operand<T>& operand, int64_t pair, int64_t first, int64_t last)
+      : call_(call), w_(call.weight), operand_(operand), pair_(pair), first_(first), last_(last), unpacker_(w_) {
+    const int64_t room = divide_up(last - first, kBlock) * kBlock * kPair;
+    unpacked_ = scratch<bf16>(kPanel, kChunk * kStepElements);
+    sums_ = scratch<float>(kAccumulator, 2 * room);
+    parts_ = sums_ + room;
+    std::memset(sums_, 0, static_cast<size_t>(room) * 4);
+  }
+
+  void run() {
+    const int64_t groups = w_.groups();
+    const uint8_t* group = w_.pair(pair_);
+    for (int64_t g = 0; g < groups; ++g, group += w_.group_bytes()) {
+      for (int64_t i = 0; i < w_.group_bytes(); i += 64) __builtin_prefetch(group + kAhead + i, 0, 2);
+      add_group(group, g);
+    }
+    for (int64_t r = first_; r < last_; r += kBlock) finish(call_, pair_, r, block_rows(r), sums_at(r));
+  }
+
+ private:
+  int block_rows(int64_t r) const { return static_cast<int>(last_ - r < kBlock ? last_ - r : kBlock); }
+  float* sums_at(int64_t r) const { return sums_ + (r - first_) * kPair; }
+
+  void add_group(const uint8_t* group, int64_t g) {
+    const int64_t steps = divide_up(w_.group, kStep);
+    for (int64_t step = 0; step < steps; step += kChunk) {
+      const int64_t length = steps - step < kChunk ? steps - step : kChunk;
+      unpacker_.unpack(group + w_.scale_bytes() + step * w_.step_bytes(), length, g, unpacked_);
+      const T* x = operand_.x + (g * w_.group / kStep + step) * kStep;
+      for (int64_t r = first_; r < last_; r += kBlock) {
+        const int rows = block_rows(r);
+        if (rows != shaped_) set_rows(shaped_ = rows);
+        float* part = steps > kChunk ? parts_ + (r - first_) * kPair : parts_;
+        multiply(x + r * operand_.stride, operand_.stride, unpacked_, length, rows, part, step == 0, {nullptr, 0});
+        if (step + length < steps) continue;
+        const float* group_sums = w_.minima ? operand_.group_sums + g * call_.rows + r : nullptr;
+        fold_group(w_, group, part, group_sums, rows, sums_at(r));
+      }
+    }
+  }
+
+  const Call& call_;
+  const Packed& w_;
+  const Operand<T>& operand_;
+  const int64_t pair_, first_, last_;
+  const Unpacker unpacker_;
+  int shaped_ = 0;
+  bf16* unpacked_;
+  float* sums_;
+  float* parts_;
+};
+
+// One task's pair of columns and its rows [first, last).
+template <class T>
+void run_task(const Call& call, const Operand<T>& operand, int64_t pair, int64_t first, int64_t last) {
+  if (call.weight.quantized()) {
+    QuantizedTask<T>(call, operand, pair, first, last).run();
+  } else if (call.weight.format == kF32) {
+    if constexpr (sizeof(T) == 4) plain_task<T, float>(call, operand, pair, first, last);
+  } else {
+    plain_task<T, bf16>(call, operand, pair, first, last);
+  }
+#if defined(__AMX_BF16__)
+  _tile_release();
+#endif
+}
+
+// Borders of the runs of pairs that a thread takes at once: long ones first, so that the weight streams from
+// memory, then ever shorter ones, so that all threads end together.
+std::vector<int64_t> split_pairs(int64_t pairs) {
+  std::vector<int64_t> borders{0};
+  while (borders.back() < pairs) {
+    const int64_t left = pairs - borders.back();
+    borders.push_back(borders.back() + divide_up(left, 2 * thread_count()));
+  }
+  return borders;
+}
+
+template <class T, class X>
+void run(const Call& call, const X* x) {
+  const Packed& w = call.weight;
+  const Operand<T> operand = prepare<T>(x, w, call.rows);
+  const int64_t row_bytes = operand.stride * static_cast<int64_t>(sizeof(T));
+  const int64_t fit = std::min(std::max<int64_t>(kPanelBytes / row_bytes, 128), kMaxPanelRows);
+  const int64_t panel = divide_up(divide_up(call.rows, divide_up(call.rows, fit)), kBlock) * kBlock;
+  const int64_t pairs = w.pairs();
+  const std::vector<int64_t> runs = split_pairs(pairs);
+  const int64_t count = static_cast<int64_t>(runs.size()) - 1;
+  parallel_for(divide_up(call.rows, panel) * count, [&](int64_t task) {
+    const int64_t first = task / count * panel, run = task % count;
+    const int64_t last = first + panel < call.rows ? first + panel : call.rows;
+    for (int64_t pair = runs[run]; pair < runs[run + 1]; ++pair) run_task(call, operand, pair, first, last);
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill
+
+// y [rows, width] = epilogue(x [rows, in] W^T) + residual, where y and residual have type `y_type`.
+TM_API void tm_linear(const tokenmill::Packed* weight, const void* x, int x_type, int64_t rows, const void* residual,
+                      void* y, int y_type) {
+  using namespace tokenmill;
+  if (rows == 0 || weight->width() == 0) return;
+  Call call{*weight, rows, residual, y, y_type};
+  if (x_type == kTypeF32) {
+    run<float>(call, static_cast<const float*>(x));
+    return;
+  }
+  if constexpr (kDirect) {
+    using Direct = std::conditional_t<kDirect, bf16, float>;
+    if (weight->format != kF32) return run<Direct>(call, static_cast<const bf16*>(x));
+  }
+  run<float>(call, static_cast<const bf16*>(x));
+}

@@ -1,0 +1,60 @@
+// x as the products read it: of their element type, padded with zeros to whole steps.
+#pragma once
+
+#include <type_traits>
+
+#include "packed.h"
+#include "threads.h"
+
+namespace tokenmill {
+
+template <class T>
+struct Operand {
+  const T* x;
+  int64_t stride;           // between rows, in elements
+  const float* group_sums;  // [groups][rows], each in order over its inputs, where the weight has minima
+};
+
+template <class X>
+void sum_groups(const X* row, const Packed& w, int64_t rows, float* sums) {
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    F sum = {};
+    for (int64_t k = g * w.group; k < (g + 1) * w.group && k < w.in; k += kLanes) {
+      sum = sum + load_up_to(row + k, w.in - k);
+    }
+    sums[g * rows] = reduce_add(sum);
+  }
+}
+
+template <class T, class X>
+void copy_row(const X* row, int64_t in, int64_t padded, T* to) {
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    const F value = k < in ? load_up_to(row + k, in - k) : F{};
+    store_up_to(to + k, value, padded - k);
+  }
+}
+
+// x itself where it serves as it is, else a copy in the calling thread's own scratch.
+template <class T, class X>
+Operand<T> prepare(const X* x, const Packed& w, int64_t rows) {
+  const int64_t padded = w.padded_in(), groups = w.minima ? w.groups() : 0;
+  const bool copy = !std::is_same_v<T, X> || padded != w.in;
+  const int64_t copied = copy ? divide_up(rows * padded * static_cast<int64_t>(sizeof(T)), 64) * 64 : 0;
+  uint8_t* memory = copied + groups > 0 ? scratch<uint8_t>(kRows, copied + rows * groups * 4) : nullptr;
+  T* to = reinterpret_cast<T*>(memory);
+  float* sums = reinterpret_cast<float*>(memory + copied);
+  if (memory) {
+    parallel_ranges(rows, 16, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        if (copy) copy_row(x + r * w.in, w.in, padded, to + r * padded);
+        if (groups > 0) sum_groups(x + r * w.in, w, rows, sums + r);
+      }
+    });
+  }
+  if constexpr (std::is_same_v<T, X>) {
+    if (!copy) return {x, w.in, sums};
+  }
+  return {to, padded, sums};
+}
+
+}  // namespace tokenmill

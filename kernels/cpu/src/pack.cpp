@@ -1,0 +1,122 @@
+// Weights into the packed layout (packed.h), and single rows back out of it.
+#include "api.h"
+#include "packed.h"
+#include "threads.h"
+
+namespace tokenmill {
+namespace {
+
+// One pair of a bfloat16 weight [out, in]: 4 bytes, two inputs of one output, at a time.
+void pack_bf16(const Packed& w, const bf16* weight, int64_t pair, bf16* to) {
+  for (int c = 0; c < kPair; ++c) {
+    int64_t row = w.row_of(pair, c);
+    for (int64_t step = 0; step < w.steps(); ++step) {
+      bf16 inputs[kStep] = {};
+      int64_t left = w.in - step * kStep;
+      if (row >= 0) std::memcpy(inputs, weight + row * w.in + step * kStep, (left < kStep ? left : kStep) * 2);
+      bf16* tile = to + step * kStepElements + place_in_step(0, c);
+      for (int line = 0; line < 16; ++line) std::memcpy(tile + line * 32, inputs + 2 * line, 4);
+    }
+  }
+}
+
+void pack_f32(const Packed& w, const float* weight, int64_t pair, float* to) {
+  for (int c = 0; c < kPair; ++c) {
+    int64_t row = w.row_of(pair, c);
+    for (int64_t k = 0; k < w.in; ++k) to[k * kPair + c] = row < 0 ? 0.0f : weight[row * w.in + k];
+  }
+}
+
+// scale * q + minimum of one input of packed column c.
+float quantized_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
+  const uint8_t* group = pair + k / w.group * w.group_bytes();
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(group);
+  const int64_t inside = k % w.group;
+  const uint8_t* step = group + w.scale_bytes() + inside / w.depth() * w.step_bytes();
+  const int place = place_in_step(static_cast<int>(inside % w.depth()), c, w.depth());
+  int q;
+  if (w.format == kInt4) {
+    int line = place / 32;
+    q = (step[line / 2 * 32 + place % 32] >> (line % 2 * 4) & 15) - w.zero_point;
+  } else {
+    q = static_cast<int8_t>(step[place]);
+  }
+  float value = half_to_float(scales[c]) * static_cast<float>(q);
+  if (w.minima) value += half_to_float(scales[kPair + c]);
+  return value * w.unit;
+}
+
+float packed_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
+  if (w.format == kF32) return reinterpret_cast<const float*>(pair)[k * kPair + c];
+  if (w.quantized()) return quantized_value(w, pair, k, c);
+  const bf16* step = reinterpret_cast<const bf16*>(pair) + k / kStep * kStepElements;
+  return to_float(step[place_in_step(static_cast<int>(k % kStep), c)]);
+}
+
+// A row of a bfloat16 weight as it was.
+void copy_row(const Packed& w, const uint8_t* pair, int c, bf16* row) {
+  const bf16* place = reinterpret_cast<const bf16*>(pair) + place_in_step(0, c);
+  for (int64_t k = 0; k + 1 < w.in; k += 2) {
+    std::memcpy(row + k, place + k / kStep * kStepElements + k % kStep / 2 * 32, 4);
+  }
+  const int64_t last = w.in - 1;
+  if (last % 2 == 0) row[last] = place[last / kStep * kStepElements + last % kStep / 2 * 32];
+}
+
+template <class T>
+void unpack_row(const Packed& w, const uint8_t* pair, int c, T* row) {
+  for (int64_t k = 0; k < w.in; k += kLanes) {
+    int n = static_cast<int>(w.in - k < kLanes ? w.in - k : kLanes);
+    float values[kLanes] = {};
+    for (int j = 0; j < n; ++j) values[j] = packed_value(w, pair, k + j, c);
+    store_up_to(row + k, load(values), n);
+  }
+}
+
+}  // namespace
+}  // namespace tokenmill
+
+TM_API int64_t tm_packed_bytes(const tokenmill::Packed* weight) { return weight->pairs() * weight->pair_bytes(); }
+
+TM_API int64_t tm_pairs(const tokenmill::Packed* weight) { return weight->pairs(); }
+
+// Packs `weight` [out, in], bfloat16 or float32 as the format says, into `to`.
+TM_API void tm_pack(const tokenmill::Packed* packed, const void* weight, void* to) {
+  using namespace tokenmill;
+  parallel_for(packed->pairs(), [&](int64_t pair) {
+    uint8_t* place = static_cast<uint8_t*>(to) + pair * packed->pair_bytes();
+    if (packed->format == kF32) {
+      pack_f32(*packed, static_cast<const float*>(weight), pair, reinterpret_cast<float*>(place));
+    } else {
+      pack_bf16(*packed, static_cast<const bf16*>(weight), pair, reinterpret_cast<bf16*>(place));
+    }
+  });
+}
+
+// Puts values [out] float32 in packed order, [pairs * 32], zero where no row is.
+TM_API void tm_pack_columns(const tokenmill::Packed* packed, const float* values, float* to) {
+  using namespace tokenmill;
+  for (int64_t pair = 0; pair < packed->pairs(); ++pair) {
+    for (int c = 0; c < kPair; ++c) {
+      int64_t row = packed->row_of(pair, c);
+      to[pair * kPair + c] = row < 0 ? 0.0f : values[row];
+    }
+  }
+}
+
+// to [count, in] = rows `ids` [count] of the weight, dequantized.
+TM_API void tm_rows(const tokenmill::Packed* packed, const int64_t* ids, int64_t count, void* to, int type) {
+  using namespace tokenmill;
+  parallel_for(count, [&](int64_t i) {
+    int64_t column = packed->column_of(ids[i]);
+    const uint8_t* pair = packed->pair(column / kPair);
+    int c = static_cast<int>(column % kPair);
+    if (packed->format == kBf16 && type == kTypeBf16) {
+      copy_row(*packed, pair, c, static_cast<bf16*>(to) + i * packed->in);
+      return;
+    }
+    with_type(type, [&](auto element) {
+      unpack_row(*packed, pair, c, static_cast<decltype(element)*>(to) + i * packed->in);
+    });
+  });
+}

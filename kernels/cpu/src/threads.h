@@ -1,0 +1,46 @@
+// One pool of threads that stays warm across a step: workers spin for a moment, then sleep.
+//
+//   caller:  close ── write job ── open ──▶ claim, run, claim, run … ──▶ wait until every index is done
+//   worker:  spin on the ticket ──────────▶ claim, run, claim, run … ──▶ spin again, sleep after kSpin
+//
+// Indices are claimed one at a time, so a core that is taken away for a while delays only what it holds.
+// The caller claims like any worker and never waits for one to arrive: with no worker alive (after a fork, on
+// a busy machine) it does everything itself. Which thread computes an index never changes its result.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenmill {
+
+using Body = void (*)(const void* context, int64_t index);
+
+void run_parallel(int64_t count, Body body, const void* context);
+int thread_count();
+
+// Memory of this thread's own, 64-byte aligned, valid until the thread asks for the same slot again.
+void* scratch(int slot, int64_t bytes);
+
+enum ScratchSlot { kPanel, kAccumulator, kRows, kPartial, kScratchSlots };
+
+template <class T>
+T* scratch(ScratchSlot slot, int64_t count) {
+  return static_cast<T*>(scratch(static_cast<int>(slot), count * static_cast<int64_t>(sizeof(T))));
+}
+
+// Calls body(i) for every i in 0 .. count - 1, spread over the pool.
+template <class Lambda>
+void parallel_for(int64_t count, const Lambda& body) {
+  run_parallel(
+      count, [](const void* context, int64_t index) { (*static_cast<const Lambda*>(context))(index); }, &body);
+}
+
+// Calls body(first, last) over consecutive pieces of 0 .. count - 1 of `grain` each.
+template <class Lambda>
+void parallel_ranges(int64_t count, int64_t grain, const Lambda& body) {
+  parallel_for((count + grain - 1) / grain, [&](int64_t piece) {
+    int64_t first = piece * grain;
+    body(first, first + grain < count ? first + grain : count);
+  });
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,143 @@
+"""Prompts as token ids: encoded, wrapped for fill in the middle, cut, and checked against the model."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.server.errors import ApiError, bad_request
+from tokenmill.server.fim import Fim
+from tokenmill.server.model import Engine
+from tokenmill.server.protocol import CompletionRequest
+
+INLINE_CHARACTERS = 20_000
+"""Longer texts are encoded beside the event loop, so that streams don't wait for them."""
+
+
+class PromptInput(msgspec.Struct, frozen=True):
+    """One prompt: its token ids, and its text where it came as text and all of it is used."""
+
+    ids: list[int]
+    text: str | None = None
+
+
+class Infill(msgspec.Struct, frozen=True):
+    """What an editor sends beside the text before and after the cursor."""
+
+    files: tuple[tuple[str, str], ...] = ()
+    """Names and texts of what else the model should see."""
+    begun: str = ""
+    """What already stands at the cursor, to be gone on with."""
+
+
+async def encode_prompts(
+    request: CompletionRequest, engine: Engine, infill: Infill = Infill()
+) -> list[PromptInput]:
+    """The prompts of a request as ids. Raises `ApiError` 400.
+
+    The parts of an `infill`, for a model without tokens for it, stand before and behind each text.
+    """
+    keep = request.truncate_prompt_tokens
+    head = "".join(f"{name}\n{text}\n" for name, text in infill.files)
+    texts = [head + prompt + infill.begun for prompt in request.prompt if isinstance(prompt, str)]
+    if not texts:
+        lists = [prompt for prompt in request.prompt if isinstance(prompt, list)]
+        return [PromptInput(last(ids, keep)) for ids in lists]
+    if keep is None:
+        check_length(texts, engine)
+    encoded = await encode_texts(engine.tokenizer, texts, request.add_special_tokens)
+    prompts = []
+    for text, ids in zip(texts, encoded, strict=True):
+        ids = ids or [_start_token(engine.tokenizer)]
+        cut = keep is not None and len(ids) > keep
+        prompts.append(PromptInput(last(ids, keep), None if cut else text))
+    return prompts
+
+
+async def encode_infill(
+    request: CompletionRequest, engine: Engine, fim: Fim, infill: Infill = Infill()
+) -> list[PromptInput]:
+    """The prompts with the suffix behind them, in the order that the model knows. Raises `ApiError` 400."""
+    suffix = request.suffix or ""
+    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+    others = [text for _, text in infill.files]
+    check_length([*texts, suffix, *others], engine)
+    if sum(map(len, [*texts, suffix, *others])) <= INLINE_CHARACTERS and fim.ready:
+        return _infill(request, fim, infill)
+    return await asyncio.to_thread(_infill, request, fim, infill)
+
+
+def _infill(request: CompletionRequest, fim: Fim, infill: Infill) -> list[PromptInput]:
+    after = fim.encode(request.suffix or "", "suffix", inside=True)
+    files = fim.encode_files(infill.files)
+    begun = fim.encode(infill.begun, "prompt", inside=True)
+    prompts = []
+    for prompt in request.prompt:
+        ids = fim.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
+        kept = last(ids, request.truncate_prompt_tokens)
+        whole = isinstance(prompt, str) and len(kept) == len(ids)
+        # The answer may echo the prompt, which isn't what the model reads.
+        text = prompt if whole else fim.tokenizer.decode(kept, request.skip_special_tokens)
+        ids = fim.arrange(kept, after, request.add_special_tokens, files) + begun
+        prompts.append(PromptInput(ids, str(text)))
+    return prompts
+
+
+async def encode_texts(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text; long ones are encoded on another thread."""
+    if sum(map(len, texts)) <= INLINE_CHARACTERS:
+        return tokenizer.encode_batch(texts, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
+
+
+async def encode_prediction(text: str, engine: Engine) -> list[int]:
+    """Tokens of the expected output; what is longer than any output can be isn't worth encoding."""
+    text = text[: engine.context * engine.tokenizer.longest_token]
+    if len(text) <= INLINE_CHARACTERS:
+        ids = engine.tokenizer.encode(text, add_special_tokens=False)
+    else:
+        ids = await asyncio.to_thread(engine.tokenizer.encode, text, False)
+    return ids[: engine.context]
+
+
+def last(ids: list[int], count: int | None) -> list[int]:
+    """The last `count` ids; all where it is None."""
+    return ids if count is None else ids[-count:]
+
+
+def check_length(texts: list[str], engine: Engine) -> None:
+    """Refuse a text that can't fit before spending time on encoding it."""
+    for text in texts:
+        least = len(text) // engine.tokenizer.longest_token
+        if least > engine.context:
+            raise too_long(f"your prompt has at least {least}", "prompt", engine)
+
+
+def _start_token(tokenizer: Tokenizer) -> int:
+    """What an empty prompt starts from."""
+    info = tokenizer.info
+    if info.bos_id is not None:
+        return info.bos_id
+    if info.eos_ids:
+        return info.eos_ids[0]
+    raise bad_request("prompt is empty, and this model has no token to start from", "prompt")
+
+
+def check_prompt(ids: list[int], max_tokens: int, engine: Engine) -> None:
+    """Ids within the vocabulary, and room for the completion. Raises `ApiError` 400."""
+    width = engine.ready.logits_width
+    if max(ids) >= width:
+        wrong = next(token for token in ids if token >= width)
+        raise bad_request(f"prompt: token {wrong} is outside the model's vocabulary of {width}", "prompt")
+    if len(ids) + max_tokens > engine.context:
+        param = "prompt" if len(ids) >= engine.context else "max_tokens"
+        parts = f"{len(ids)} in the prompt, {max_tokens} for the completion"
+        raise too_long(f"you asked for {len(ids) + max_tokens} ({parts})", param, engine)
+
+
+def too_long(asked: str, param: str, engine: Engine) -> ApiError:
+    """400: more tokens than the model's context."""
+    message = f"This model's maximum context length is {engine.context} tokens, but {asked}"
+    return bad_request(message, param, "context_length_exceeded")
