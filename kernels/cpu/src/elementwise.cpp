@@ -59,7 +59,9 @@ void layer_norm_rows(const T* x, const T* weight, const T* bias, T* normed, int6
       F sum = {};
       for (int64_t i = 0; i < size; i += kLanes) sum = sum + load_up_to(x + r * size + i, size - i);
       const F mean = splat(reduce_add(sum) / static_cast<float>(size));
-      for (int64_t i = 0; i < size; i += kLanes) store_up_to(centred + i, load_up_to(x + r * size + i, size - i) - mean, size - i);
+      for (int64_t i = 0; i < size; i += kLanes) {
+        store_up_to(centred + i, load_up_to(x + r * size + i, size - i) - mean, size - i);
+      }
       const F inverse = splat(inverse_rms(size, eps, [&](int64_t i) { return load_up_to(centred + i, size - i); }));
       for (int64_t i = 0; i < size; i += kLanes) {
         F value = load_up_to(centred + i, size - i) * inverse * load_up_to(weight + i, size - i);

@@ -55,9 +55,12 @@ uint64_t noise_key(int64_t seed, int64_t position) {
   return z ^ (z >> 31);
 }
 
-TM_INLINE F gumbel(uint64_t key, I tokens) {
+TM_INLINE U hash_tokens(uint64_t key, I tokens) {
   const U low = splat(static_cast<uint32_t>(key)), high = splat(static_cast<uint32_t>(key >> 32));
-  const U hashed = mix32(mix32(bits_of<NativeU>(tokens) ^ low) + high);
+  return mix32(mix32(bits_of<NativeU>(tokens) ^ low) + high);
+}
+
+TM_INLINE F gumbel(U hashed) {
   const I upper = bits_of<NativeI>(hashed) < splat(0);
   const U part = select(upper, splat(0xFFFFFFFFu) - hashed, hashed);
   const F v = (to_float(bits_of<NativeI>(part)) + splat(0.5f)) * splat(2.3283064365386963e-10f);
@@ -89,21 +92,45 @@ struct LaneBest {
   }
 };
 
+// Lanes whose noise may lift them to `best`. Noise reaches a gap g only where the hash, as a fraction v, is at most
+// exp(-g) (since -log(1 - v) >= v); that power is taken from above by filling a float's bits, and `room` covers
+// the rounding of `scaled`.
+TM_INLINE I may_win(U hashed, F scaled, F best, F room) {
+  const F gap = (scaled - best) + fma(max(scaled, -scaled), room, room);
+  const F power = max(splat(-126.0f), min(splat(30.0f), gap * splat(kLog2E)));
+  const F filled = fma(power, splat(8388608.0f), splat(127.0f * 8388608.0f));
+  const F limit = bits_of<NativeF>(to_int(filled));
+  const F v = to_float(bits_of<NativeI>(hashed >> 1)) * splat(4.656612873077393e-10f);
+  return v <= limit;
+}
+
+// Gumbel-max over part of a row; the noise is worked out only for tokens that may win.
+template <class T>
+Best drawn_best(const Sampling& job, int64_t row, int64_t first, int64_t last) {
+  const T* logits = static_cast<const T*>(job.logits) + row * job.vocabulary;
+  const uint64_t key = noise_key(job.seeds[row], job.positions[row]);
+  const F temperature = splat(job.temperature[row]), inverse = splat(1.0f / job.temperature[row]);
+  const F room = splat(1e-6f);
+  LaneBest best;
+  F highest = splat(-INFINITY);
+  for (int64_t i = first; i < last; i += kLanes) {
+    const I ids = lane_index() + splat(static_cast<int32_t>(i));
+    const F logit = load_logits(logits + i, last - i);
+    const U hashed = hash_tokens(key, ids);
+    if (mask_bits(may_win(hashed, logit * inverse, highest, room)) == 0) continue;
+    best.offer(logit / temperature + gumbel(hashed), ids);
+    highest = splat(reduce_max(best.value));
+  }
+  return best.result();
+}
+
 template <class T>
 Best segment_best(const Sampling& job, int64_t row, int64_t first, int64_t last) {
   const T* logits = static_cast<const T*>(job.logits) + row * job.vocabulary;
+  if (!job.greedy(row)) return drawn_best<T>(job, row, first, last);
   LaneBest best;
-  if (job.greedy(row)) {
-    for (int64_t i = first; i < last; i += kLanes) {
-      best.offer(load_logits(logits + i, last - i), lane_index() + splat(static_cast<int32_t>(i)));
-    }
-    return best.result();
-  }
-  const uint64_t key = noise_key(job.seeds[row], job.positions[row]);
-  const F temperature = splat(job.temperature[row]);
   for (int64_t i = first; i < last; i += kLanes) {
-    const I ids = lane_index() + splat(static_cast<int32_t>(i));
-    best.offer(load_logits(logits + i, last - i) / temperature + gumbel(key, ids), ids);
+    best.offer(load_logits(logits + i, last - i), lane_index() + splat(static_cast<int32_t>(i)));
   }
   return best.result();
 }
@@ -202,7 +229,7 @@ Best filtered_best(const Sampling& job, int64_t row) {
       values[j] = i + j < count ? key_value(keys[i + j]) : -INFINITY;
       if (i + j < count) ids[j] = key_id(keys[i + j]);
     }
-    best.offer(load(values) + gumbel(key, load(ids)), load(ids));
+    best.offer(load(values) + gumbel(hash_tokens(key, load(ids))), load(ids));
   }
   return best.result();
 }
@@ -251,7 +278,7 @@ TM_API void tm_gumbel(const int64_t* seeds, const int64_t* positions, int64_t ro
     for (int64_t i = 0; i < count; i += kLanes) {
       int32_t ids[kLanes] = {};
       for (int j = 0; j < kLanes && i + j < count; ++j) ids[j] = static_cast<int32_t>(tokens[i + j]);
-      store_up_to(noise + row * count + i, gumbel(noise_key(seeds[row], positions[row]), load(ids)), count - i);
+      store_up_to(noise + row * count + i, gumbel(hash_tokens(noise_key(seeds[row], positions[row]), load(ids))), count - i);
     }
   });
 }

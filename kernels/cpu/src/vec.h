@@ -138,6 +138,13 @@ TM_INLINE F to_float(I a) {
   return r;
 }
 
+// Towards zero.
+TM_INLINE I to_int(F a) {
+  I r;
+  TM_EACH r.part[p] = __builtin_convertvector(a.part[p], NativeI);
+  return r;
+}
+
 TM_INLINE I lane_index() {
   I r;
   TM_EACH for (int i = 0; i < kNative; ++i) r.part[p][i] = p * kNative + i;
