@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tokenmill.engine.kernel_set import AttentionPlans
 
 NAME = "tokenmill"
 _LAYER = "_tokenmill_layer"
@@ -56,14 +59,22 @@ class AttentionMetadata:
     block_table: Tensor  # [R, P] int32
     seq_lens: Tensor  # [R] int32
     query_start: Tensor  # [R + 1] int32
+    plans: AttentionPlans | None = None
+    """What the kernels share between layers, where they share anything."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Store key and value [T, G, ·], then attend with query [T, H, D]: [T, H, E]."""
         k_cache, v_cache = self.caches[layer]
         self.kernels.store_kv(key, value, k_cache, v_cache, self.slots)
-        return self.kernels.paged_attention(
-            query, k_cache, v_cache, self.block_table, self.seq_lens, self.query_start, **options
-        )
+        return self.look_up(layer, query, **options)
+
+    def look_up(self, layer: int, query: Tensor, **options: Any) -> Tensor:
+        """Attend with query [T, H, D] to what the cache holds, this step's keys included: [T, H, E]."""
+        k_cache, v_cache = self.caches[layer]
+        lengths = (self.block_table, self.seq_lens, self.query_start)
+        if self.plans is not None:
+            return self.plans.attend(query, k_cache, v_cache, lengths, **options)
+        return self.kernels.paged_attention(query, k_cache, v_cache, *lengths, **options)
 
 
 @dataclass(slots=True)

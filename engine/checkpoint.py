@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.progress import Progress, download_bar
 from tokenmill.engine.weight_files import read_safetensors_header
 
+logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -163,17 +165,19 @@ def _check_folder(source: str, folder: Path, hub_id: str) -> Checkpoint:
 
 
 def _refuse_foreign(folder: Path, config: dict[str, Any]) -> None:
-    """Code, adapters and packed weights: none of these is loaded."""
+    """Adapters and packed weights aren't loaded, and code isn't run.
+
+    Many repositories bring code (`auto_map`) from before transformers knew their type. Its own class is then
+    the better one, and nothing here ever lets transformers run theirs, so they are served without it. A type
+    that transformers doesn't know is refused later, by `model_class.read_config`.
+    """
     tokenizer = folder / "tokenizer_config.json"
-    for file, content in (
-        ("config.json", config),
-        ("tokenizer_config.json", _read_json(tokenizer) if tokenizer.exists() else {}),
-    ):
-        if content.get("auto_map"):
-            raise LoadError(
-                f"{file} asks for code of its own (auto_map), which is never run; if transformers knows the "
-                f"type {config.get('model_type')!r} itself, take auto_map out of a copy and load that"
-            )
+    if config.get("auto_map") or (tokenizer.exists() and _read_json(tokenizer).get("auto_map")):
+        logger.warning(
+            "%s brings code of its own (auto_map), which is never run: transformers' class for %r is used",
+            folder,
+            config.get("model_type"),
+        )
     if (folder / "adapter_config.json").exists():
         raise LoadError("adapter_config.json says that it is an adapter: merge it into its base model first")
     packed = config.get("quantization_config")

@@ -1,7 +1,7 @@
 """The fused decoder: a model that `decoder_spec` understands, run by a handful of kernels a layer.
 
     norm ▶ qkv product ▶ RoPE + KV store ▶ paged attention ▶ out product (+ residual)
-    norm ▶ gate and up product (activation·mul) ▶ down product (+ residual)
+    norm ▶ gate and up product (activation·mul) ▶ down product (+ residual)      or a mixture of such experts
 
 Every device runs this file; what differs is the kernels. The weights are handed to the kernels' own packing one
 product at a time, and the module's copy is dropped at once, so that they are held once.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokenmill.engine import decoder_spec as spec
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.kernel_set import Product, ReferenceKernels
+from tokenmill.engine.kernel_set import Mixture, Product, ReferenceKernels
 
 Normalize = Callable[[Tensor], Tensor]
 
@@ -33,8 +34,28 @@ class _Block:
     mlp_out: Normalize | None
     qkv: Product
     out: Product
+    feed: _Dense | _Sparse
+
+
+@dataclass(slots=True)
+class _Dense:
+    """A gated or plain MLP; `activation` is what remains to be applied between its products."""
+
     up: Product
     down: Product
+    activation: str | None
+
+
+@dataclass(slots=True)
+class _Sparse:
+    """A mixture of experts, with the expert that all tokens share."""
+
+    router: Product
+    mix: Mixture
+    top: int
+    renormalize: bool
+    shared: _Dense | None
+    shared_gate: Product | None
 
 
 class Decoder:
@@ -52,9 +73,8 @@ class Decoder:
         self._blocks = [self._block(layer) for layer in model.layers]
 
     def _block(self, layer: spec.Layer) -> _Block:
-        attention, mlp = layer.attention, layer.mlp
+        attention = layer.attention
         make = self._kernels.make_linear
-        gate = mlp.activation if mlp.gated else None
         block = _Block(
             layer,
             attention_in=self._normalize(layer.attention_in),
@@ -63,11 +83,34 @@ class Decoder:
             mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
             qkv=make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None),
             out=make([attention.out.weight], [attention.out.bias], None),
+            feed=self._dense(layer.mlp) if isinstance(layer.mlp, spec.MLP) else self._sparse(layer.mlp),
+        )
+        _drop(*attention.qkv, attention.out)
+        return block
+
+    def _dense(self, mlp: spec.MLP) -> _Dense:
+        make = self._kernels.make_linear
+        gate = mlp.activation if mlp.gated else None
+        dense = _Dense(
             up=make([x.weight for x in mlp.gate_up], [x.bias for x in mlp.gate_up], gate),
             down=make([mlp.down.weight], [mlp.down.bias], None),
+            activation=None if mlp.gated else mlp.activation,
         )
-        _drop(*attention.qkv, attention.out, *mlp.gate_up, mlp.down)
-        return block
+        _drop(*mlp.gate_up, mlp.down)
+        return dense
+
+    def _sparse(self, experts: spec.Experts) -> _Sparse:
+        make, gate = self._kernels.make_linear, experts.shared_gate
+        sparse = _Sparse(
+            router=make([experts.router.weight], [None], None),
+            mix=self._kernels.make_mixture(experts.gate_up, experts.down, experts.activation),
+            top=experts.top,
+            renormalize=experts.renormalize,
+            shared=None if experts.shared is None else self._dense(experts.shared),
+            shared_gate=None if gate is None else make([gate.weight], [gate.bias], None),
+        )
+        _drop(experts.router, experts, *([] if gate is None else [gate]))
+        return sparse
 
     def _normalize(self, norm: spec.Norm | None) -> Normalize:
         if norm is None:
@@ -78,9 +121,14 @@ class Decoder:
         return lambda x: kernels.rms_norm(x, weight, eps, norm.offset)
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        logits_index: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Logits [N, V] of tokens [T] at `positions` [T], at rows `logits_index` [N] or all."""
+        """Logits [N, V] of tokens [T] at `positions` [T], at rows `logits_index` [N] or all; in `out` if given."""
         model = self._spec
         x = self._embed(input_ids)
         if model.embed_scale != 1.0:
@@ -90,11 +138,11 @@ class Decoder:
             x = self._layer(block, x, index, angles, metadata)
         if logits_index is not None:
             x = x[logits_index]
-        logits = self._head(self._norm(x), None)
+        logits = self._head(self._norm(x), None, out)
         if model.logit_scale != 1.0:
-            logits = logits * model.logit_scale
+            logits = logits.mul_(model.logit_scale)
         if model.logit_softcap > 0:
-            logits = model.logit_softcap * torch.tanh(logits / model.logit_softcap)
+            logits = logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap)
         return logits
 
     def _layer(
@@ -109,9 +157,9 @@ class Decoder:
         mixed = self._attend(block, normed, index, angles, metadata)
         if block.layer.parallel:
             x = block.out(mixed, x)
-            return self._feed(block, normed, x)
+            return self._feed(block, normed, x, metadata.slots)
         x = self._add(block.out, mixed, x, block.attention_out)
-        return self._feed(block, block.mlp_in(x), x)
+        return self._feed(block, block.mlp_in(x), x, metadata.slots)
 
     def _attend(
         self,
@@ -141,13 +189,9 @@ class Decoder:
             norm_offset=0.0 if q_norm is None else q_norm.offset,
             interleaved=attention.rope is not None and self._spec.ropes[attention.rope].interleaved,
         )
-        out = self._kernels.paged_attention(
+        out = metadata.look_up(
+            index,
             query,
-            k_cache,
-            v_cache,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.query_start,
             scale=attention.scale,
             window=attention.window,
             softcap=attention.softcap,
@@ -162,13 +206,34 @@ class Decoder:
         normed = [self._normalize(norm)(part.contiguous()) for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))]
         return torch.cat([*normed, parts[2]], dim=-1)
 
-    def _feed(self, block: _Block, normed: Tensor, x: Tensor) -> Tensor:
-        hidden = block.up(normed, None)
-        if not block.layer.mlp.gated:
-            hidden = self._kernels.activate(hidden, block.layer.mlp.activation)
-        return self._add(block.down, hidden, x, block.mlp_out)
+    def _feed(self, block: _Block, normed: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        feed = block.feed
+        if isinstance(feed, _Sparse):
+            return self._add(partial(self._mix, feed, slots=slots), normed, x, block.mlp_out)
+        return self._add(feed.down, self._raise(feed, normed), x, block.mlp_out)
 
-    def _add(self, product: Product, hidden: Tensor, x: Tensor, norm: Normalize | None) -> Tensor:
+    def _raise(self, dense: _Dense, normed: Tensor) -> Tensor:
+        """What goes into the down product: act(gate) * up, or act(up)."""
+        hidden = dense.up(normed, None)
+        return hidden if dense.activation is None else self._kernels.activate(hidden, dense.activation)
+
+    def _mix(self, sparse: _Sparse, normed: Tensor, residual: Tensor | None, *, slots: Tensor) -> Tensor:
+        """The chosen experts' sum, plus the shared one's, plus the residual."""
+        ids, weights = self._kernels.route(
+            sparse.router(normed, None), sparse.top, renormalize=sparse.renormalize, slots=slots
+        )
+        if sparse.shared is not None:
+            hidden = self._raise(sparse.shared, normed)
+            if sparse.shared_gate is None:
+                residual = sparse.shared.down(hidden, residual)
+            else:
+                common = sparse.shared.down(hidden, None) * torch.sigmoid(sparse.shared_gate(normed, None))
+                residual = common if residual is None else residual + common
+        return sparse.mix(normed, ids, weights, residual)
+
+    def _add(
+        self, product: Callable[[Tensor, Tensor | None], Tensor], hidden: Tensor, x: Tensor, norm: Normalize | None
+    ) -> Tensor:
         scale = self._spec.residual_scale
         if norm is None and scale == 1.0:
             return product(hidden, x)
@@ -178,10 +243,12 @@ class Decoder:
         return x + out * scale if scale != 1.0 else x + out
 
 
-def _drop(*parts: spec.Linear | spec.DecoderSpec) -> None:
+def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:
     """Let go of weights that the kernels have taken over."""
     for part in parts:
         if isinstance(part, spec.Linear):
             part.weight = part.weight.new_empty(0)
+        elif isinstance(part, spec.Experts):
+            part.gate_up, part.down = part.gate_up.new_empty(0), part.down.new_empty(0)
         else:
             part.embedding = part.embedding.new_empty(0)

@@ -73,11 +73,29 @@ class MLP:
 
 
 @dataclass(slots=True)
+class Experts:
+    """A mixture of gated experts, of which `top` are chosen by a softmax over `router`'s outputs [X].
+
+    `gate_up` [X, 2 * I, in] holds each gate before its up rows, `down` is [X, out, I]. `renormalize`: the chosen
+    weights sum to one. `shared` is an expert for every token, times the sigmoid of `shared_gate` where that is given.
+    """
+
+    router: Linear
+    gate_up: Tensor
+    down: Tensor
+    top: int
+    renormalize: bool
+    activation: str
+    shared: MLP | None = None
+    shared_gate: Linear | None = None
+
+
+@dataclass(slots=True)
 class Layer:
     """Norms stand before (`_in`) or after (`_out`) their block, or are missing. `parallel`: both read one norm."""
 
     attention: Attention
-    mlp: MLP
+    mlp: MLP | Experts
     attention_in: Norm | None
     attention_out: Norm | None
     mlp_in: Norm | None
@@ -191,7 +209,7 @@ def _layer(layer: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, inde
     attention = _attention(_one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
     *names, parallel = places
     before, after, mlp_before, mlp_after = (None if name is None else _norm(norms[str(name)]) for name in names)
-    mlp = _mlp(_one_of(layer, "mlp", "feed_forward"))
+    mlp = _feed(_one_of(layer, "mlp", "feed_forward"))
     return Layer(attention, mlp, before, after, mlp_before, mlp_after, bool(parallel))
 
 
@@ -222,6 +240,54 @@ def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, i
         k_norm=k_norm,
         rope=ropes.of(part, config, index),
     )
+
+
+def _feed(part: nn.Module) -> MLP | Experts:
+    return _experts(part) if hasattr(part, "experts") else _mlp(part)
+
+
+def _experts(part: nn.Module) -> Experts:
+    """A sparse block of a router named gate, experts in two tensors, and perhaps a shared expert."""
+    known = {"gate", "experts", "shared_expert", "shared_expert_gate"}
+    strange = {name for name, _ in part.named_children()} - known
+    if strange:
+        raise NotUnderstood(f"{type(part).__name__} with {min(strange)}")
+    router, experts = _one_of(part, "gate"), _one_of(part, "experts")
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
+        raise NotUnderstood(f"experts of a {type(experts).__name__}")
+    if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != down.shape[1]:
+        raise NotUnderstood(f"experts of {list(gate_up.shape)} and {list(down.shape)}")
+    weight, top = getattr(router, "weight", None), getattr(router, "top_k", None)
+    if not isinstance(weight, Tensor) or not isinstance(top, int) or len(list(router.parameters())) != 1:
+        raise NotUnderstood(f"router {type(router).__name__}")
+    shared, gate = getattr(part, "shared_expert", None), getattr(part, "shared_expert_gate", None)
+    return Experts(
+        router=Linear(weight),
+        gate_up=gate_up,
+        down=down,
+        top=top,
+        renormalize=_renormalizes(router, weight, top),
+        activation=_activation(_one_of(experts, "act_fn")),
+        shared=None if shared is None else _mlp(shared),
+        shared_gate=None if gate is None else _linear(gate),
+    )
+
+
+def _renormalizes(router: Any, weight: Tensor, top: int) -> bool:
+    """Whether the chosen experts' weights are made to sum to one, by what the router does to known vectors."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        _, found, chosen = router(probe)
+    except Exception as error:
+        raise NotUnderstood(f"router {type(router).__name__}") from error
+    scores = nn.functional.linear(probe, weight).float().softmax(-1).gather(-1, chosen)
+    for renormalize in (True, False):
+        expected = scores / scores.sum(-1, keepdim=True) if renormalize else scores
+        if found.shape == expected.shape and (found.float() - expected).norm() <= 0.02 * expected.norm():
+            return renormalize
+    raise NotUnderstood(f"router {type(router).__name__}")
 
 
 def _mlp(part: nn.Module) -> MLP:

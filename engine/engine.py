@@ -46,12 +46,16 @@ class Engine:
     """One model, in this process and this thread."""
 
     def __init__(
-        self, config: EngineConfig, progress: Callable[[str, float | None], None] = lambda stage, done: None
+        self,
+        config: EngineConfig,
+        progress: Callable[[str, float | None], None] = lambda stage, done: None,
+        *,
+        model: LoadedModel | None = None,
     ) -> None:
-        """Load the model and allocate its cache. Raises `loader.LoadError` with one line."""
+        """Load the model, or take over a loaded one, and allocate its cache. Raises `loader.LoadError` with one line."""
         began = time.perf_counter()
         self.config = config
-        self.model: LoadedModel = load(config, progress)
+        self.model: LoadedModel = load(config, progress) if model is None else model
         self.runner = ModelRunner(self.model, config)
         on_gpu = self.model.device.type == "cuda"
         self.overlap = on_gpu if config.overlap is None else config.overlap
@@ -76,7 +80,17 @@ class Engine:
         self._deltas: list[Delta] = []
         self._arrivals = self._idle_steps = 0
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self.warming = on_gpu and self.runner.can_capture
+        """Whether decode steps are still to be captured."""
+        if self.warming:
+            progress("compiling the GPU kernels", None)
+            self.runner.make_graphs()
+            self.warm_up_next()
         self.load_seconds = time.perf_counter() - began
+
+    def warm_up_next(self) -> None:
+        """Capture one more bucket of decode steps. `step` does so, too, until all are there."""
+        self.warming = self.runner.capture_next()
 
     # ---------------------------------------------------------------- in
 
@@ -167,6 +181,8 @@ class Engine:
         if run is not None:
             self._finish_step(run)
         self._steps += 1
+        if self.warming:
+            self.warm_up_next()
         deltas, self._deltas = self._deltas, []
         return deltas
 

@@ -13,15 +13,22 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, decoder_spec, fusion, kv_cache
+from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.cpu_tape import TracingKernels
 from tokenmill.engine.decoder import Decoder
 from tokenmill.engine.input_batch import StepInputs
+from tokenmill.engine.cuda_graph import StaticRows
 from tokenmill.engine.kernel_set import ReferenceKernels
+from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.scheduler import Step
 from tokenmill.engine.sequential import SequentialModel
+
+
+PROFILE_TOKENS = 8192
+PROFILE_BLOCKS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +70,43 @@ class PagedForward:
     def __init__(self, model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> None:
         assert model.module is not None
         layers = attention.probe_layers(model.module)
-        num_blocks = kv_cache.count_blocks(config, layers, model.dtype, model.device, model.max_context)
-        token_bytes = kv_cache.block_bytes(layers, 1, model.dtype)
-        self.capacity = Capacity(num_blocks, config.block_size, token_bytes)
+        dtype = _cache_dtype(model, config, kernels)
         self._kernels = kernels
-        self._cache = kv_cache.allocate(layers, num_blocks, config.block_size, model.dtype, model.device)
+        self._layers = layers
         self._logits, self.name = self._build(model, config, layers)
+        self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, config.block_size, dtype, model.device)
+        activations = self._profile(model, config) if model.device.type == "cuda" else 0
+        del self._cache
+        num_blocks = kv_cache.count_blocks(config, layers, dtype, model.device, model.max_context, activations)
+        token_bytes = kv_cache.block_bytes(layers, 1, dtype)
+        self.capacity = Capacity(num_blocks, config.block_size, token_bytes)
+        self._cache = kv_cache.allocate(layers, num_blocks, config.block_size, dtype, model.device)
+        if isinstance(self._logits, Decoder) and isinstance(kernels, TracingKernels):
+            self._logits = cpu_tape.record(self._logits, self._cache.caches, dtype) or self._logits
+
+    @torch.inference_mode()
+    def _profile(self, model: LoadedModel, config: EngineConfig) -> int:
+        """Bytes that a step of the most tokens takes beside weights and cache; compiles the kernels on the way.
+
+        Every token is its sequence's only one, and all of them share one block: what counts is their number.
+        """
+        tokens, device = config.max_batch_tokens or PROFILE_TOKENS, model.device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
+        rows = min(tokens, config.max_batch)
+        counts = torch.full((rows,), tokens // rows, dtype=torch.int32, device=device)
+        starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        starts[1:] = counts.cumsum(0)
+        table = torch.zeros(rows, tokens // rows // config.block_size + 1, dtype=torch.int32, device=device)
+        metadata = self._metadata(zeros, table, counts, starts, 0)
+        logits = self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
+        del logits
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        return peak
 
     def _build(
         self, model: LoadedModel, config: EngineConfig, layers: list[LayerSpec]
@@ -84,16 +122,56 @@ class PagedForward:
             fusion.fuse_siblings(module)
         return _OwnCode(module), f"its own code, {self._kernels.name} kernels"
 
+    def _metadata(
+        self, slots: Tensor, table: Tensor, seq_lens: Tensor, query_start: Tensor, decodes: int
+    ) -> AttentionMetadata:
+        plans = self._kernels.plan_attention(decodes)
+        return AttentionMetadata(
+            self._kernels, self._cache.caches, slots, table, seq_lens, query_start, plans
+        )
+
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
-        metadata = AttentionMetadata(
-            self._kernels,
-            self._cache.caches,
-            inputs.slots,
-            inputs.block_table,
-            inputs.seq_lens,
-            inputs.query_start,
+        metadata = self._metadata(
+            inputs.slots, inputs.block_table, inputs.seq_lens, inputs.query_start, inputs.decodes
         )
         return self._logits(inputs.input_ids, inputs.positions, metadata, inputs.logits_index)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether `decode` may be captured: the fused decoder on kernels that never ask the device."""
+        return isinstance(self._logits, Decoder) and self._kernels.captures
+
+    def decode(self, tokens: Tensor, rows: StaticRows, out: Tensor) -> Tensor:
+        """Logits [R, V] in `out` of one token [R] a row of the static buffers."""
+        assert isinstance(self._logits, Decoder)
+        count = tokens.shape[0]
+        metadata = self._metadata(
+            rows["slots"][:count],
+            rows.table[:count],
+            rows["seq_lens"][:count],
+            rows.query_start[: count + 1],
+            count,
+        )
+        return self._logits(tokens, rows["positions"][:count], metadata, None, out)
+
+    @torch.inference_mode()
+    def teacher_forced(self, tokens: Tensor, steps: list[int]) -> Tensor:
+        """Logits [T, V] of one text [T] int64, computed in `steps` of so many tokens each; for checks.
+
+        It writes the first blocks of the cache, which no request may hold meanwhile.
+        """
+        size, device = self.capacity.block_size, tokens.device
+        positions = torch.arange(len(tokens), device=device)
+        table = torch.arange(1, 1 + -(-len(tokens) // size), dtype=torch.int32, device=device)[None]
+        parts, done = [], 0
+        for count in steps:
+            now = slice(done, done + count)
+            done += count
+            lengths = torch.tensor([done], dtype=torch.int32, device=device)
+            borders = torch.tensor([0, count], dtype=torch.int32, device=device)
+            metadata = self._metadata(positions[now] + size, table, lengths, borders, int(count == 1))
+            parts.append(self._logits(tokens[now], positions[now], metadata, None))
+        return torch.cat(parts)
 
     def start(self, slot: int) -> None:
         """Nothing to do: blocks belong to sequences, not to slots."""
@@ -101,6 +179,15 @@ class PagedForward:
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         for k_cache, v_cache in self._cache.caches:
             self._kernels.copy_blocks(k_cache, v_cache, source, target)
+
+
+def _cache_dtype(model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> torch.dtype:
+    """What the cache holds; raises LoadError where these kernels can't."""
+    if config.kv_cache.dtype == "auto":
+        return model.dtype
+    if not kernels.fp8_cache:
+        raise LoadError(f"{config.source}: an fp8 KV cache needs a GPU and its kernels; leave kv_cache.dtype out")
+    return torch.float8_e4m3fn
 
 
 class ModelLogits(Protocol):

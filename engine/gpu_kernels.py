@@ -9,7 +9,7 @@ that captured graphs may keep their addresses.
 
 from __future__ import annotations
 
-import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from tokenmill.engine.kernel_set import (
     Adjustments,
     Lookup,
     Mixture,
-    Penalties,
     Product,
     ReferenceKernels,
     Settings,
@@ -30,12 +29,12 @@ from tokenmill.engine.kernel_set import (
     join_biases,
 )
 from tokenmill.kernels import gpu
+from tokenmill.kernels.gpu.linear_config import linear_config
 
 SKINNY_ROWS = 64
 """Up to here a row's product has the same bits whatever the number of rows."""
 SKINNY_TILE = 32
 DECODE_TILE = 16
-WORKSPACE_FLOATS = 1 << 24
 
 
 def why_not() -> str | None:
@@ -66,7 +65,7 @@ class GpuKernels(ReferenceKernels):
         self.rms_norm = self._rms_norm
         self.rope_store = self._rope_store
         self.token_logprobs = self._token_logprobs
-        self._linear_space = gpu.make_linear_workspace(device, WORKSPACE_FLOATS)
+        self.linear_space: Any = gpu.make_linear_workspace(device)
         self._sampling_space: Any = None
         self._logprobs_space: Any = None
         self._adjusted: Tensor | None = None
@@ -81,6 +80,10 @@ class GpuKernels(ReferenceKernels):
         self._logprobs_space = gpu.make_logprobs_workspace(rows, width, self.device)
         self._adjusted = torch.empty(rows, width, dtype=torch.float32, device=self.device)
         self._plans.clear()
+
+    def overlapping(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = gpu.overlapping_launches(self.overlaps)
+        return context
 
     # ---------------------------------------------------------------- attention
 
@@ -122,7 +125,10 @@ class GpuKernels(ReferenceKernels):
         return normed
 
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
-        return GpuLinear(join(weights), join_biases(weights, biases), gate, self._linear_space, self.deterministic)
+        product = GpuLinear(self, join(weights), join_biases(weights, biases), gate)
+        if product.workspace_floats > self.linear_space.partial.numel():
+            self.linear_space = gpu.make_linear_workspace(self.device, product.workspace_floats)
+        return product
 
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
         tile = DECODE_TILE if self.deterministic else None
@@ -222,15 +228,21 @@ class StepPlans:
 class GpuLinear:
     """A weight [out, in] with what follows its product; see the module's first lines for which product."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, gate: str | None, workspace: Any, deterministic: bool
-    ) -> None:
+    def __init__(self, kernels: GpuKernels, weight: Tensor, bias: Tensor | None, gate: str | None) -> None:
         self.weight, self.bias, self.gate = weight.contiguous(), bias, gate
-        self._workspace, self._deterministic = workspace, deterministic
+        self._kernels = kernels
+
+    @property
+    def workspace_floats(self) -> int:
+        """Partial sums of `SKINNY_ROWS` rows."""
+        rows, inputs = self.weight.shape
+        outputs = rows if self.gate is None else rows // 2
+        config = linear_config(outputs, inputs, self.gate is not None, 8 * self.weight.element_size())
+        return config.splits * SKINNY_ROWS * rows if config.splits > 1 else 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, in], residual [T, out] or None → [T, out], in `out` if given."""
-        if x.shape[0] <= SKINNY_ROWS or self._deterministic:
+        if x.shape[0] <= SKINNY_ROWS or self._kernels.deterministic:
             return self._skinny(x, residual, out)
         if residual is None and self.gate is None and self.bias is None:
             return torch.mm(x, self.weight.T, out=out)
@@ -253,7 +265,7 @@ class GpuLinear:
             tile_rows=SKINNY_TILE if many else None,
             out=out,
             # Partial sums of many rows may not fit the shared workspace: such calls bring their own.
-            workspace=None if many else self._workspace,
+            workspace=None if many else self._kernels.linear_space,
         )
         return result
 
@@ -267,10 +279,3 @@ def _rowwise(x: Tensor) -> Tensor:
         expected *= size
     return x
 
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-__all__ = ["GpuKernels", "GpuLinear", "Penalties", "StepPlans", "interpreted", "why_not"]

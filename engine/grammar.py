@@ -3,7 +3,7 @@
     Grammar ──compile (a thread, bounded LRU)──▶ Matcher ──copy for each choice──▶ fill(bitmask) / consume(tokens)
 
 Compiling never runs on the step loop. llguidance bounds its own work by fuel; what its recursive parsers can't
-take, text nested thousands deep, is refused before it gets there.
+take, text nested thousands deep, is refused before it gets there. It is imported for the first grammar.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
 from tokenmill.engine.sampling_params import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_DEPTH = 200
 MAX_TEXT = 1 << 20
 CACHED = 256
 WORKERS = 2
-LIMITS = LLParserLimits(verbose_errors=False)
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between JSON tokens. Bounded: small models would fill a context with blanks."""
 
@@ -102,10 +103,12 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> Matcher:
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
         if self._tokenizer is None:
             text, width, eos_ids = self._source
             self._tokenizer = LLTokenizer(text, n_vocab=width, eos_token=eos_ids or None)
-        matcher = LLMatcher(self._tokenizer, to_llguidance(grammar), log_level=0, limits=LIMITS)
+        matcher = LLMatcher(self._tokenizer, to_llguidance(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
         found = Matcher(matcher)
         if not found.error:
             # The first mask shows what the limits say of it, while there is still a request to refuse.
@@ -120,6 +123,9 @@ class GrammarCompiler:
 
 def to_llguidance(grammar: Grammar) -> str:
     """The grammar as llguidance reads it; raises GrammarError for what shouldn't reach it."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     if len(grammar.text) > MAX_TEXT:
         raise GrammarError(f"a {grammar.kind} of {len(grammar.text)} characters is over the limit of {MAX_TEXT}")
     _check_depth(grammar)

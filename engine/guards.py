@@ -52,9 +52,9 @@ NAMES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torc
 class Verdict(msgspec.Struct, frozen=True):
     """What the twin showed.
 
-    `refusal`: why the type can't run in the paged cache, None if it can; `fusible`: whether its sibling linears
-    may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be right with it,
-    None if it isn't.
+    `refusal`: why the type can't run in the paged cache, None if it can; `fusible`: whether its sibling
+    linears may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be right
+    with it, None if it isn't.
     """
 
     refusal: str | None
@@ -179,7 +179,8 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
-    code = [Path(str(module.__file__)).read_bytes() for module in (attention, decoder, decoder_spec, fusion, rope)]
+    modules = (attention, decoder, decoder_spec, fusion, rope)
+    code = [Path(str(module.__file__)).read_bytes() for module in modules]
     twin = json.dumps(fields, sort_keys=True, default=str)
     key = key_of(twin, version("transformers"), torch.__version__, Path(__file__).read_bytes(), *code)
     return cache_root() / "guards" / f"{key}.json"

@@ -166,13 +166,15 @@ class Host:
             elif self._draining:
                 self._outbox.put(engine.stats())
                 return
+            elif engine.warming:
+                engine.warm_up_next()
             now = time.monotonic()
             if now - reported >= STATS_INTERVAL or not engine.has_work:
                 self._outbox.put(engine.stats())
                 reported = now
 
     def _take_messages(self, engine: Engine) -> None:
-        for message in self._waiting_messages(block=not engine.has_work and not self._draining):
+        for message in self._waiting_messages(block=not (engine.has_work or engine.warming or self._draining)):
             if isinstance(message, Add):
                 self._add(engine, message)
             elif isinstance(message, Abort):

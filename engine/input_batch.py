@@ -8,14 +8,20 @@ step   [chunk of slot 2][decode of slot 0][decode of slot 1]      T tokens, one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenmill.engine.kernel_set import Settings
 from tokenmill.engine.request import Sequence
 from tokenmill.engine.scheduler import Chunk, Step
+from tokenmill.engine.staging import Staging
+
+GREEDY_BELOW = 1e-5
 
 
 @dataclass(slots=True)
@@ -44,7 +50,10 @@ class SampleRow:
 
 @dataclass(slots=True)
 class StepInputs:
-    """One step on the device. T tokens, R chunks, S scored rows followed by N sampler rows of logits."""
+    """One step on the device. T tokens, R chunks, S scored rows followed by N sampler rows of logits.
+
+    A step that a captured graph runs reads its tokens and places from the graph's own rows: these are empty then.
+    """
 
     input_ids: Tensor  # [T] int64; tokens still on the device are filled in from `carried`
     positions: Tensor  # [T] int64
@@ -53,22 +62,47 @@ class StepInputs:
     seq_lens: Tensor  # [R] int32
     query_start: Tensor  # [R + 1] int32
     logits_index: Tensor  # [S + N] int64 into T
+    decodes: int  # leading chunks of exactly one token
     carried: tuple[Tensor, Tensor] | None  # (places in input_ids, rows of the last tokens)
     scored: list[ScoredPart]
     targets: Tensor  # [S] int64: the prompt token that each scored row predicts
     samplers: list[SampleRow]
     rows: NDArray[np.int64]  # [N]: the samplers' slots
-    generated: Tensor  # [N] int64: how many tokens each sampler drew before
+    generated: NDArray[np.int64]  # [N]: how many tokens each sampler drew before
+    lines: Tensor  # [N] int64: `rows` on the device
+    settings: Settings  # [N] each: how to draw
     copies: tuple[Tensor, Tensor] | None  # (source, target) blocks
     constrained: bool  # whether some sampler follows a grammar
+    bucket: int = 0  # rows of the captured graph that runs this step; 0: none does
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """One decode step on the host: R rows of one token each, every one of which draws."""
+
+    samplers: list[SampleRow]
+    rows: NDArray[np.int64]  # [R]: the sequences' slots
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    generated: NDArray[np.int64]
+    table: NDArray[np.int32]  # [R, P]
+    known: tuple[NDArray[np.int64], NDArray[np.int64]] | None
+    """(slots, tokens) of the inputs that the host knows; the others are on the device."""
 
 
 class InputBatch:
     """`max_batch` rows for sequences of at most `max_blocks` blocks of `block_size` tokens."""
 
-    def __init__(self, max_batch: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_batch: int, max_blocks: int, block_size: int, device: torch.device, *, packed: bool | None = None
+    ) -> None:
+        """`packed`: see `Staging`."""
         self.block_size = block_size
+        self.max_blocks = max_blocks
         self.device = device
+        self.staging = Staging(device, packed=packed)
+        self.version = 0
+        """Changes whenever a block table does."""
         self.temperature = np.ones(max_batch, np.float32)
         self.top_p = np.ones(max_batch, np.float32)
         self.min_p = np.zeros(max_batch, np.float32)
@@ -78,6 +112,8 @@ class InputBatch:
         self.frequency = np.zeros(max_batch, np.float32)
         self.seed = np.zeros(max_batch, np.int64)
         self.penalized = np.zeros(max_batch, np.bool_)
+        self.filtered = np.zeros(max_batch, np.bool_)
+        self.min_tokens = np.zeros(max_batch, np.int64)
         self._blocks = np.zeros((max_batch, max_blocks), np.int32)
         self._num_blocks = np.zeros(max_batch, np.int32)
 
@@ -93,11 +129,17 @@ class InputBatch:
         self.frequency[slot] = params.frequency_penalty
         self.seed[slot] = sequence.seed
         self.penalized[slot] = params.penalized
+        filters = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
+        self.filtered[slot] = filters and params.temperature >= GREEDY_BELOW
+        self.min_tokens[slot] = params.min_tokens
+        self.version += 1
         self._num_blocks[slot] = 0
 
     def prepare(self, step: Step) -> StepInputs:
         """The tensors of one step; call it right after `schedule`, before anything else changes the sequences."""
         chunks = step.chunks
+        if any(a.count > 1 and b.count == 1 for a, b in pairwise(chunks)):
+            chunks.sort(key=lambda chunk: chunk.count > 1)  # kernels take the single tokens first
         counts = np.array([chunk.count for chunk in chunks], np.int64)
         starts = np.array([chunk.start for chunk in chunks], np.int64)
         query_start = np.zeros(len(chunks) + 1, np.int64)
@@ -111,22 +153,53 @@ class InputBatch:
         ids, carried = self._tokens(chunks, query_start, total)
         scored, scored_rows, targets = self._scored(chunks, query_start)
         samplers, last = self._samplers(chunks, query_start)
+        rows = np.array([row.sequence.slot for row in samplers], np.int64)
+        generated = np.array([row.generated for row in samplers], np.int64)
+        arrays: list[NDArray[Any]] = [
+            ids, positions, slots, table, (starts + counts).astype(np.int32), query_start.astype(np.int32),
+            np.concatenate([scored_rows, last]), targets, rows, *self._settings(rows, generated),
+        ]  # fmt: skip
+        put = self.staging.put([*arrays, *carried, *_pairs(step.copies)])
+        common, extra = put[: len(arrays)], put[len(arrays) :]
         return StepInputs(
-            input_ids=self._to_device(ids),
-            positions=self._to_device(positions),
-            slots=self._to_device(slots),
-            block_table=self._to_device(table),
-            seq_lens=self._to_device((starts + counts).astype(np.int32)),
-            query_start=self._to_device(query_start.astype(np.int32)),
-            logits_index=self._to_device(np.concatenate([scored_rows, last])),
-            carried=carried,
+            *common[:7],
+            decodes=int(np.count_nonzero(counts == 1)),
+            carried=(extra[0], extra[1]) if carried else None,
             scored=scored,
-            targets=self._to_device(targets),
+            targets=common[7],
             samplers=samplers,
-            rows=np.array([row.sequence.slot for row in samplers], np.int64),
-            generated=self._to_device(np.array([row.generated for row in samplers], np.int64)),
-            copies=self._pairs(step.copies),
+            rows=rows,
+            generated=generated,
+            lines=common[8],
+            settings=(common[9], common[10], common[11], common[12], common[13], common[14]),
+            copies=(extra[-2], extra[-1]) if step.copies else None,
             constrained=any(row.sequence.matcher is not None for row in samplers),
+        )
+
+    def _settings(self, rows: NDArray[np.int64], generated: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """How these slots draw, in the order of `kernel_set.Settings`."""
+        return (
+            self.temperature[rows], self.min_p[rows], self.top_k[rows], self.top_p[rows], self.seed[rows], generated
+        )  # fmt: skip
+
+    def prepare_decode(self, step: Step) -> DecodeRows:
+        """Like `prepare`, on the host alone, for a step whose chunks are one token each and draw one each."""
+        chunks = step.chunks
+        samplers = [SampleRow(c.sequence, c.sequence.num_generated - 1, [], 0) for c in chunks]
+        rows = np.array([c.sequence.slot for c in chunks], np.int64)
+        positions = np.array([c.start for c in chunks], np.int64)
+        table = self._table(chunks)
+        blocks = table[np.arange(len(chunks)), positions // self.block_size].astype(np.int64)
+        known = [(c.sequence.slot, token) for c in chunks for token in c.sequence.tokens(c.start, c.start + 1)]
+        pairs = np.array(known, np.int64).T.copy() if known else None
+        return DecodeRows(
+            samplers=samplers,
+            rows=rows,
+            positions=positions,
+            slots=blocks * self.block_size + positions % self.block_size,
+            generated=np.array([row.generated for row in samplers], np.int64),
+            table=table,
+            known=None if pairs is None else (pairs[0], pairs[1]),
         )
 
     def _table(self, chunks: list[Chunk]) -> NDArray[np.int32]:
@@ -136,13 +209,15 @@ class InputBatch:
             if now > known:
                 self._blocks[sequence.slot, known:now] = sequence.blocks[known:]
                 self._num_blocks[sequence.slot] = now
+                self.version += 1
         rows = np.array([chunk.sequence.slot for chunk in chunks], np.int64)
         widest = max(len(chunk.sequence.blocks) for chunk in chunks)
         return self._blocks[rows, :widest]
 
     def _tokens(
         self, chunks: list[Chunk], query_start: NDArray[np.int64], total: int
-    ) -> tuple[NDArray[np.int64], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+        """Tokens that are known, and (places, slots) of those that are still on the device."""
         ids = np.zeros(total, np.int64)
         places, rows = [], []
         for chunk, at in zip(chunks, query_start.tolist(), strict=False):
@@ -152,9 +227,7 @@ class InputBatch:
             if len(known) < chunk.count:
                 places.append(at + len(known))
                 rows.append(sequence.slot)
-        if not places:
-            return ids, None
-        return ids, (self._to_device(np.array(places)), self._to_device(np.array(rows)))
+        return ids, [np.array(places, np.int64), np.array(rows, np.int64)] if places else []
 
     @staticmethod
     def _samplers(
@@ -190,12 +263,7 @@ class InputBatch:
                 sequence.prompt_scored = stop
         return parts, np.array(rows, np.int64), np.array(targets, np.int64)
 
-    def _pairs(self, copies: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | None:
-        if not copies:
-            return None
-        source, target = np.array(copies, np.int64).T.copy()
-        return self._to_device(source), self._to_device(target)
 
-    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+def _pairs(copies: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
+    """Sources and targets of block copies."""
+    return list(np.array(copies, np.int64).T.copy()) if copies else []

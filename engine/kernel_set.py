@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +96,10 @@ class ReferenceKernels:
 
     def reserve(self, rows: int, width: int) -> None:
         """Make what steps of at most `rows` rows of `width` logits need, so that none allocates later."""
+
+    def overlapping(self) -> AbstractContextManager[None]:
+        """Inside it a step's kernels may begin before the last ones have ended; for steps that are captured."""
+        return nullcontext()
 
     def plan_attention(self, decodes: int) -> AttentionPlans | None:
         """What a step's layers share; its first `decodes` rows have one token each."""
@@ -241,5 +246,7 @@ def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: b
         from tokenmill.kernels.cpu.library import current
 
         if current() is not None:
-            return CpuKernels()
+            from tokenmill.engine.cpu_tape import TracingKernels
+
+            return TracingKernels()
     return ReferenceKernels()

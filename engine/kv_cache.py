@@ -2,7 +2,7 @@
 
     one layer:  k [B + 1, G, S, D]   v [B + 1, G, S, E]
 
-Block 0 belongs to nobody: padding rows of a captured step write there. Requests own blocks 1 to B.
+Block 0 belongs to nobody: what is computed for no request may be written there. Requests own blocks 1 to B.
 """
 
 from __future__ import annotations
@@ -43,15 +43,19 @@ def count_blocks(
     dtype: torch.dtype,
     device: torch.device,
     max_context: int,
+    activations: int = 0,
 ) -> int:
-    """How many blocks to allocate: as configured, else what the memory holds, never more than is of use."""
+    """How many blocks to allocate: as configured, else what the memory holds, never more than is of use.
+
+    `activations` bytes of a GPU's free memory are left for the largest step.
+    """
     if config.num_blocks is not None:
         return config.num_blocks
     per_block = block_bytes(layers, config.block_size, dtype)
     gib = config.kv_cache.gib
     if device.type == "cuda" and gib is None:
         free, _ = torch.cuda.mem_get_info(device)
-        available = free * config.kv_cache.memory_share
+        available = free * config.kv_cache.memory_share - activations
     else:
         available = (CPU_GIB if gib is None else gib) * 2**30
     useful = config.max_batch * -(-max_context // config.block_size)

@@ -28,7 +28,7 @@ from tokenmill.engine.model_class import causal_lm_class, read_config
 from tokenmill.engine.model_size import ModelSize, size_of
 from tokenmill.engine.progress import Progress
 from tokenmill.engine.rope import context_limit, pin_rope, stretched_limit
-from tokenmill.engine.tokenizer_export import end_ids, export_tokenizer, load_tokenizer_info
+from tokenmill.engine.tokenizer_export import ending_ids, export_tokenizer, load_tokenizer_info
 from tokenmill.engine.weights import read_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A causal LM, its attention ours where the verdict allows it, with all that the engine needs to know of it."""
+    """A causal LM, its attention ours where the verdict allows it, with all that the engine needs to know."""
 
     module: PreTrainedModel | None
     """None once the fused decoder has taken the weights over."""
@@ -132,7 +132,7 @@ def _open(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, prog
         model, tokenizer = gguf_cache.convert(checkpoint.gguf_file, dtype, progress)
         folder = gguf_cache.keep(checkpoint.gguf_file, model, tokenizer)
         if folder is None:
-            return _adopt(model, export_tokenizer(tokenizer, end_ids(None, model.config)), device)
+            return _adopt(model, export_tokenizer(tokenizer, ending_ids(None, model.config)), device)
         del model
     return _open_folder(resolve(str(folder)), device, dtype, progress)
 
@@ -218,7 +218,12 @@ def _max_context(wanted: int | None, text_config: Any) -> int:
         return limit or DEFAULT_CONTEXT
     if wanted < 1:
         raise LoadError(f"max_context must be at least 1, not {wanted}")
-    return min(wanted, stretched_limit(text_config) or wanted)
+    most = stretched_limit(text_config)
+    if most is not None and wanted > most:
+        raise LoadError(
+            f"max_context {wanted} is more than the model's {most} tokens; lower it or leave it out"
+        )
+    return wanted
 
 
 def _logits_width(module: PreTrainedModel, text_config: Any) -> int:

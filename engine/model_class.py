@@ -24,6 +24,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         close = get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
         hint = f" (nearest: {close[0]})" if close else ""
+        if fields.get("auto_map"):
+            hint = "; it asks for code of its own (auto_map), which is never run"
         raise LoadError(
             f"config.json has the model_type {model_type!r}, which this transformers doesn't know{hint}"
         )

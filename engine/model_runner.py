@@ -1,7 +1,9 @@
 """The only forward pass: one step's tokens through the model, then the sampler.
 
-launch(step)   prepare inputs ─▶ forward ─▶ logits of the rows that need them ─▶ sample      (asynchronous on a GPU)
-collect(run)   wait, and read what was drawn
+launch(step)   prepare inputs ─▶ forward ─▶ logits of the rows that need them ─▶ sample ─▶ copy back     (none waits)
+collect(run)   wait for the copy, and read what was drawn
+
+A step of plain decodes is a replay of captured graphs where there are any (cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -10,18 +12,24 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.forward import Forward, build_forward
+from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows
+from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
 from tokenmill.engine.kernel_set import select_kernels
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
-from tokenmill.engine.sampler import Logprobs, Sampled, Sampler
+from tokenmill.engine.sampler import Sampled, Sampler
 from tokenmill.engine.scheduler import Step
+from tokenmill.engine.staging import Fetched
 
 SCORE_BYTES = 1 << 28
 """Float32 logits of scored prompt positions held at once."""
@@ -35,6 +43,8 @@ class Run:
     inputs: StepInputs
     logits: Tensor
     sampled: Sampled | None = None
+    fetched: Fetched | None = None
+    """What was drawn, on its way to the host."""
 
 
 @dataclass(slots=True)
@@ -61,13 +71,15 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.device = model.device
-        self.kernels = select_kernels(model.device, model.dtype)
+        self.kernels = select_kernels(model.device, model.dtype, deterministic=config.deterministic is True)
         self.phases: dict[str, float] = defaultdict(float)
+        self.kernels.reserve(config.max_batch, model.logits_width)
         self.forward: Forward = build_forward(model, config, self.kernels)
         self.max_context = min(model.max_context, self.forward.capacity.tokens)
         blocks = -(-self.max_context // config.block_size)
         self.batch = InputBatch(config.max_batch, blocks, config.block_size, model.device)
-        self.sampler = Sampler(self.kernels, self.batch, model.logits_width, model.eos_ids)
+        self.sampler = Sampler(self.kernels, self.batch, model.logits_width, list(model.eos_ids))
+        self.graphs: DecodeGraphs | None = None
 
     @property
     def score_tokens(self) -> int:
@@ -75,6 +87,37 @@ class ModelRunner:
         if not self.forward.splits_prompts:
             return self.forward.capacity.tokens
         return max(16, SCORE_BYTES // (4 * self.model.logits_width))
+
+    # ---------------------------------------------------------------- graphs
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether this model's decode steps can be captured on these kernels."""
+        return isinstance(self.forward, PagedForward) and self.forward.can_be_captured
+
+    def make_graphs(self, capture: Capture | None = None) -> None:
+        """Allocate what captured steps need; `capture_next` then captures one bucket after the other."""
+        assert isinstance(self.forward, PagedForward)
+        rows, width, device = len(self.batch.seed), self.model.logits_width, self.device
+        self.graphs = DecodeGraphs(
+            self.kernels,
+            self.forward.decode,
+            StaticRows(rows, self.batch.max_blocks, device),
+            torch.zeros(rows, width, dtype=self.model.dtype, device=device),
+            self.sampler.last_tokens,
+            self.sampler.counts(),
+            capture or CudaCapture(device),
+        )
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Capture one more bucket of decode steps, between steps; False when there is none left."""
+        if self.graphs is None:
+            return False
+        with self.kernels.overlapping():
+            return self.graphs.capture_next()
+
+    # ---------------------------------------------------------------- a step
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Run:
@@ -84,7 +127,8 @@ class ModelRunner:
             self.batch.start(sequence)
             self.sampler.start(sequence)
             self.forward.start(sequence.slot)
-        inputs = self.batch.prepare(step)
+        bucket = self._bucket(step)
+        inputs = self._prepare_decode(step, bucket) if bucket else self.batch.prepare(step)
         prepared = time.perf_counter()
         run = Run(step, inputs, self._forward(step, inputs))
         self.phases["prepare"] += prepared - began
@@ -97,11 +141,83 @@ class ModelRunner:
     def sample(self, run: Run) -> None:
         """Draw a launched step's tokens. Grammars must have seen all tokens of the steps before."""
         began = time.perf_counter()
-        if len(run.inputs.logits_index):
-            run.sampled = self.sampler.sample(run.logits, run.inputs)
+        if run.inputs.samplers or run.inputs.scored:
+            run.sampled = self._draw(run)
+            run.fetched = self.batch.staging.fetch(_tensors(run.sampled))
         self.phases["sample"] += time.perf_counter() - began
 
+    def _bucket(self, step: Step) -> int:
+        """The captured bucket that can run this step; 0 if none can: a row that is more than a decode, say."""
+        if self.graphs is None or not step.chunks or step.copies:
+            return 0
+        for chunk in step.chunks:
+            plain = chunk.count == 1 and not chunk.drafts and len(chunk.samplers) == 1
+            if not plain:
+                return 0
+        return self.graphs.bucket_for(len(step.chunks))
+
+    def _prepare_decode(self, step: Step, bucket: int) -> StepInputs:
+        """Fill the graphs' rows for a step of decodes."""
+        assert self.graphs is not None
+        batch, decode, rows = self.batch, self.batch.prepare_decode(step), self.graphs.rows
+        slots, count = decode.rows, len(decode.rows)
+        rows.fill(
+            bucket,
+            {
+                "positions": decode.positions,
+                "slots": decode.slots,
+                "rows": slots,
+                "lines": np.where(batch.penalized[slots], slots, -1),
+                "generated": decode.generated,
+                "seeds": batch.seed[slots],
+                "top_k": batch.top_k[slots],
+                "temperature": batch.temperature[slots],
+                "min_p": batch.min_p[slots],
+                "top_p": batch.top_p[slots],
+                "repetition": batch.repetition[slots],
+                "presence": batch.presence[slots],
+                "frequency": batch.frequency[slots],
+                "seq_lens": decode.positions + 1,
+            },
+        )
+        arrays: list[NDArray[Any]] = list(decode.known or ())
+        if rows.needs_table(batch.version, slots):
+            arrays.append(decode.table)
+        put = batch.staging.put(arrays) if arrays else []
+        if decode.known is not None:
+            self.sampler.last_tokens.index_copy_(0, put[0], put[1])
+        if len(put) % 2:
+            rows.set_table(put[-1])
+        fields = {name: tensor[:count] for name, tensor in rows.fields.items()}
+        return StepInputs(
+            input_ids=fields["rows"],
+            positions=fields["positions"],
+            slots=fields["slots"],
+            block_table=rows.table[:count],
+            seq_lens=fields["seq_lens"],
+            query_start=rows.query_start[: count + 1],
+            logits_index=fields["rows"],
+            decodes=count,
+            carried=None,
+            scored=[],
+            targets=fields["rows"][:0],
+            samplers=decode.samplers,
+            rows=slots,
+            generated=decode.generated,
+            lines=fields["rows"],
+            settings=(
+                fields["temperature"], fields["min_p"], fields["top_k"], fields["top_p"], fields["seeds"],
+                fields["generated"],
+            ),
+            copies=None,
+            constrained=any(row.sequence.matcher is not None for row in decode.samplers),
+            bucket=bucket,
+        )  # fmt: skip
+
     def _forward(self, step: Step, inputs: StepInputs) -> Tensor:
+        if inputs.bucket:
+            assert self.graphs is not None
+            return self.graphs.run(inputs.bucket)[: len(inputs.rows)]
         if inputs.carried is not None:
             places, rows = inputs.carried
             inputs.input_ids[places] = self.sampler.last_tokens[rows]
@@ -110,33 +226,62 @@ class ModelRunner:
             self.forward.copy_blocks(*inputs.copies)
         return logits
 
+    def _draw(self, run: Run) -> Sampled:
+        inputs = run.inputs
+        variant = "none"
+        if inputs.bucket and not inputs.constrained:
+            variant = self.sampler.graph_variant(inputs.rows, inputs.generated)
+        if variant == "none":
+            return self.sampler.sample(run.logits, inputs)
+        assert self.graphs is not None
+        self.graphs.draw(inputs.bucket, variant)
+        tokens, flags = self.graphs.results[:, : len(inputs.rows)]
+        packed = self.graphs.results
+        return self.sampler.score(Sampled(tokens, flags, [], None, None, packed), run.logits, inputs)
+
     def collect(self, run: Run) -> Result:
         """Wait for a launched step and read its tokens."""
         began = time.perf_counter()
         sampled, inputs = run.sampled, run.inputs
-        if sampled is None:
+        if sampled is None or run.fetched is None:
             return Result([], [])
-        tokens, bad = sampled.tokens.tolist(), sampled.bad.tolist()
-        draws = [Draw(token, wrong, None, None) for token, wrong in zip(tokens, bad, strict=True)]
+        arrays = run.fetched.wait()
+        count = len(inputs.samplers)
+        if sampled.packed is not None:
+            tokens, flags = arrays.pop(0)[:, :count]
+        else:
+            tokens, flags = arrays.pop(0), arrays.pop(0)
+        draws = [
+            Draw(token, bool(wrong), None, None)
+            for token, wrong in zip(tokens.tolist(), flags.tolist(), strict=True)
+        ]
         if sampled.logprobs is not None:
             wanted = [inputs.samplers[i].sequence.params.logprobs or 0 for i in sampled.logprob_rows]
-            values, tops = _to_host(sampled.logprobs, wanted)
+            values, tops = _to_host(arrays[:3], wanted)
+            arrays = arrays[3:]
             for i, value, top in zip(sampled.logprob_rows, values, tops, strict=True):
                 draws[i].logprob, draws[i].top = value, top
-        scores = [] if sampled.prompt is None else _prompt_scores(sampled.prompt, inputs.scored)
+        scores = [] if sampled.prompt is None else _prompt_scores(arrays, inputs.scored)
         self.phases["sample"] += time.perf_counter() - began
         return Result(draws, scores)
 
 
-def _to_host(logprobs: Logprobs, wanted: list[int]) -> tuple[list[float], list[TopLogprobs]]:
-    ids, values = logprobs.top_ids.tolist(), logprobs.top_values.tolist()
+def _tensors(sampled: Sampled) -> list[Tensor]:
+    """What `collect` reads, in its order."""
+    drawn = [sampled.tokens, sampled.flags] if sampled.packed is None else [sampled.packed]
+    scores = [part.tensors for part in (sampled.logprobs, sampled.prompt) if part is not None]
+    return [*drawn, *(tensor for part in scores for tensor in part)]
+
+
+def _to_host(arrays: list[NDArray[Any]], wanted: list[int]) -> tuple[list[float], list[TopLogprobs]]:
+    picked, ids, values = (array.tolist() for array in arrays)
     tops = [TopLogprobs(i[:k], v[:k]) for i, v, k in zip(ids, values, wanted, strict=True)]
-    return logprobs.values.tolist(), tops
+    return picked, tops
 
 
-def _prompt_scores(logprobs: Logprobs, parts: list[ScoredPart]) -> list[tuple[Sequence, PromptLogprobs]]:
+def _prompt_scores(arrays: list[NDArray[Any]], parts: list[ScoredPart]) -> list[tuple[Sequence, PromptLogprobs]]:
     wanted = [part.sequence.params.prompt_logprobs or 0 for part in parts for _ in range(part.count)]
-    values, tops = _to_host(logprobs, wanted)
+    values, tops = _to_host(arrays, wanted)
     return [
         (p.sequence, PromptLogprobs(p.start, values[p.row : p.row + p.count], tops[p.row : p.row + p.count]))
         for p in parts

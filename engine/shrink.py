@@ -22,13 +22,14 @@ def size_table(hidden: int) -> dict[str, int]:
     """Small values for size fields, by name. Layers, vocabulary and KV heads depend on more than the name."""
     head = hidden // HEADS
     rows = [
-        (hidden, "hidden_size d_model n_embd dim model_dim embed_dim emb_dim word_embed_proj_dim embedding_size"),
-        (hidden, "lru_width feed_forward_size encoder_cross_output_size hidden_size_global adapter_in_dim"),
+        (hidden, "hidden_size d_model n_embd dim model_dim embed_dim emb_dim embedding_size lru_width"),
+        (hidden, "word_embed_proj_dim feed_forward_size encoder_cross_output_size hidden_size_global"),
+        (hidden, "adapter_in_dim adapter_out_dim adapter_input_size"),
         (
             2 * hidden,
             "intermediate_size ffn_dim n_inner d_inner d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size",
         ),
-        (2 * hidden, "intermediate_size_mlp dense_intermediate_size shared_intermediate_size"),
+        (2 * hidden, "intermediate_size_mlp dense_intermediate_size shared_intermediate_size mamba_d_ssm"),
         (hidden // 2, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size"),
         (hidden // 2, "moe_shared_expert_intermediate_size"),
         (
@@ -39,7 +40,8 @@ def size_table(hidden: int) -> dict[str, int]:
         (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
         (1, "n_group topk_group num_expert_group n_shared_experts first_k_dense_replace"),
         (1, "num_nextn_predict_layers moe_num_shared_experts"),
-        (HEADS, "index_n_heads linear_num_value_heads linear_num_heads"),
+        (8 * HEADS, "index_n_heads"),  # many, so that no two keys score alike
+        (HEADS, "linear_num_value_heads linear_num_heads"),
         (HEADS // 2, "linear_num_key_heads kv_n_heads"),
         (head, "d_head dim_head index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim"),
         (2 * HEADS, "mamba_n_heads mamba_num_heads n_mamba_heads"),  # of an inner size of 2 * hidden

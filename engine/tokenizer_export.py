@@ -23,7 +23,8 @@ from tokenmill.engine.messages import TokenizerInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
+MARK = "tokenmillmark"
 SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -37,7 +38,7 @@ def load_tokenizer_info(folder: Path, config: PreTrainedConfig, hub_id: str) -> 
     try:
         return msgspec.json.decode(file.read_bytes(), type=TokenizerInfo)
     except (OSError, msgspec.DecodeError):
-        info = export_tokenizer(_auto_tokenizer(folder, config, hub_id), end_ids(folder, config))
+        info = export_tokenizer(_auto_tokenizer(folder, config, hub_id), ending_ids(folder, config))
     try:
         write_file(file, msgspec.json.encode(info))
     except OSError:
@@ -46,7 +47,12 @@ def load_tokenizer_info(folder: Path, config: PreTrainedConfig, hub_id: str) -> 
 
 
 def export_tokenizer(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> TokenizerInfo:
-    """`tokenizer` as data; `end` are the ids that end a generation beside the tokenizer's own EOS."""
+    """`tokenizer` as data.
+
+    A generation ends at the ids `end`, those at which transformers' `generate` would stop, or at the
+    tokenizer's EOS where there are none. It also ends at the token by which the chat template ends an
+    assistant's turn: fine-tunes often keep the generation config of a base model, which knows no turns.
+    """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise LoadError(f"its {type(tokenizer).__name__} has no form that the tokenizers library can run")
@@ -59,19 +65,37 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> 
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise LoadError("its tokenizer has no vocabulary")
+    template = _one_template(tokenizer.chat_template)
+    ends = set(end) or ({eos} if isinstance(eos, int) else set())
+    ends |= _turn_end(template, special, backend)
     return TokenizerInfo(
         tokenizer_json=backend.to_str(),
-        chat_template=_one_template(tokenizer.chat_template),
+        chat_template=template,
         bos_token=special.get("bos_token"),
         eos_token=special.get("eos_token"),
         special_tokens=special,
         bos_id=bos if isinstance(bos, int) else None,
-        eos_ids=sorted({*end, *([eos] if isinstance(eos, int) else [])}),
+        eos_ids=sorted(ends),
         vocab_size=max(vocabulary.values()) + 1,
     )
 
 
-def end_ids(folder: Path | None, config: PreTrainedConfig) -> set[int]:
+def _turn_end(template: str | None, special: dict[str, str], backend: Any) -> set[int]:
+    """The special token that the template writes right behind an assistant's last words, if it writes one."""
+    from tokenmill.engine.chat_template import ChatTemplate, TemplateFault
+
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = ChatTemplate(template or "", special).render(messages, add_generation_prompt=False)
+    except TemplateFault:  # one that wants more of a conversation tells nothing of its ends
+        return set()
+    behind = text.rpartition(MARK)[2].lstrip() if MARK in text else ""
+    special_ids = {x.content: i for i, x in backend.get_added_tokens_decoder().items() if x.special}
+    found = max((x for x in special_ids if x and behind.startswith(x)), key=len, default=None)
+    return set() if found is None else {special_ids[found]}
+
+
+def ending_ids(folder: Path | None, config: PreTrainedConfig) -> set[int]:
     """The ids at which `generate` would stop: those of the folder's generation config, else the config's."""
     file = folder / "generation_config.json" if folder is not None else None
     try:
@@ -95,6 +119,10 @@ def _auto_tokenizer(folder: Path, config: PreTrainedConfig, hub_id: str) -> PreT
             str(folder), config=config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # every tokenizer class has its own ways to fail on bad files
+        if "trust_remote_code" in str(error):
+            raise LoadError(
+                "its tokenizer needs code of its own (auto_map in tokenizer_config.json), which is never run"
+            ) from None
         raise LoadError(
             f"its tokenizer can't be read ({first_line(error)}); tokenizer.json should lie in the folder"
         ) from None

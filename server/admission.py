@@ -18,6 +18,7 @@ from tokenmill.server.model import Engine
 from tokenmill.server.parse import ALIASES, first_of
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import (
+    NOTHING_MORE,
     Infill,
     PromptInput,
     check_prompt,
@@ -145,9 +146,9 @@ async def make_job(
     """
     fim = await _fim(request, variant, engine, infill)
     if fim is None:
-        prompts = await encode_prompts(request, engine, infill or Infill())
+        prompts = await encode_prompts(request, engine, infill or NOTHING_MORE)
     else:
-        prompts = await encode_infill(request, engine, fim, infill or Infill())
+        prompts = await encode_infill(request, engine, fim, infill or NOTHING_MORE)
     if default_max_tokens is None:
         default_max_tokens = max(0, engine.context - max(len(prompt.ids) for prompt in prompts))
     params = sampling_params(request, variant, engine, default_max_tokens)

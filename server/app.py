@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -11,30 +11,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from tokenmill.server.auth import KeyRing
 from tokenmill.server.boundary import Boundary, http_error
-from tokenmill.server.completions import CompletionEndpoint, EndpointOptions
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import ApiError
 from tokenmill.server.metrics import render
-from tokenmill.server.openapi import add_completion_schemas
 from tokenmill.server.registry import Registry
+from tokenmill.server.routes import add_model_routes
 
 VERSION = "0.1.0"
-Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Deferred(Response):
-    """A response that a plain ASGI handler writes; it reads the body and sees the client leave by itself."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.handler(scope, receive, send)
 
 
 def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = ()) -> FastAPI:
@@ -58,7 +44,7 @@ def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = (
         middleware=[Middleware(Boundary, keys=KeyRing(keys))],
         exception_handlers={HTTPException: _on_http_error},
     )
-    _add_completions(app, registry, config)
+    add_model_routes(app, registry, config)
     _add_models(app, registry)
     _add_probes(app, registry)
     return app
@@ -75,33 +61,6 @@ def _error_response(error: ApiError) -> Response:
 
 def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _add_completions(app: FastAPI, registry: Registry, config: ServerConfig) -> None:
-    for path, gateway in (("/v1/completions", False), ("/v4/beta/completions", True)):
-        options = EndpointOptions(
-            max_body=int(config.max_body_mb * (1 << 20)),
-            warn_unknown=config.unknown_parameters == "warn",
-            salt_rule=config.cache_salt,
-            gateway=gateway,
-        )
-        handler = CompletionEndpoint(registry, options)
-        app.add_api_route(
-            path,
-            _defer(handler),
-            methods=["POST"],
-            summary="Create a completion",
-            response_class=Response,
-            operation_id="create_completion" if not gateway else "create_gateway_completion",
-        )
-    add_completion_schemas(app, ["/v1/completions", "/v4/beta/completions"])
-
-
-def _defer(handler: Handler) -> Callable[[], Awaitable[Response]]:
-    async def respond() -> Response:
-        return Deferred(handler)
-
-    return respond
 
 
 def _add_models(app: FastAPI, registry: Registry) -> None:

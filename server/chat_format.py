@@ -35,7 +35,8 @@ class ChatFormat:
             tokenizer = tokenizer.view(chat_template=template)
         source = tokenizer.info.chat_template
         if source is None:
-            raise bad_request("this model has no chat template; POST /v1/completions takes its prompts", "messages")
+            message = "this model has no chat template; POST /v1/completions takes its prompts"
+            raise bad_request(message, "messages")
         self._tokenizer = tokenizer
         self.source = source
         self.tags = find_tags(source)

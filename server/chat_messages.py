@@ -14,41 +14,41 @@ from tokenmill.server.tool_protocol import ToolSet
 
 TemplateMessage = dict[str, Any]
 
-INTRODUCTION = """You can call functions. These are there, one JSON object a line:
+INTRODUCTION = """You can call these functions, one JSON object a line:
 {tools}
-
-To call one, answer with a JSON object on a line of its own, with its name and its arguments, and nothing else:
-{{"name": "function_name", "arguments": {{"argument": "value"}}}}
-{several}The result comes in the next message."""
-SEVERAL = "To call several, write one such line for each.\n"
+To call one, write just a line like this, and its result will follow:
+{{"name": "function_name", "arguments": {{"argument": "value"}}}}{several}"""
+SEVERAL = "\nTo call several, write one such line for each."
 RESULT = "Result of {name}:\n{content}"
 
 
-def template_messages(messages: Sequence[Message], style: ChatFormat, tools: ToolSet | None) -> list[TemplateMessage]:
+def template_messages(
+    messages: Sequence[Message], style: ChatFormat, tools: ToolSet | None
+) -> list[TemplateMessage]:
     """The conversation for a template; for one that knows no tools, calls and results become plain text."""
     plain_tools = not style.knows_tools
     names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
     converted: list[TemplateMessage] = []
+    results: TemplateMessage | None = None
     for number, message in enumerate(messages):
         if plain_tools and message.role == "tool":
             name = names.get(message.tool_call_id or "", message.name or "the call")
             text = RESULT.format(name=name, content=message.content)
-            _append_result(converted, text)
-        elif plain_tools and message.tool_calls:
+            # Results of one turn's calls stand in one message: user and assistant are to take turns.
+            if results is not None:
+                results["content"] += "\n\n" + text
+            else:
+                results = {"role": "user", "content": text}
+                converted.append(results)
+            continue
+        results = None
+        if plain_tools and message.tool_calls:
             converted.append({"role": "assistant", "content": _written_calls(message)})
         else:
             converted.append(_converted(message, style, f"messages.{number}"))
     if tools is not None and plain_tools:
         _introduce(converted, style, tools)
     return converted
-
-
-def _append_result(converted: list[TemplateMessage], text: str) -> None:
-    """Results of one turn's calls stand in one message: templates want user and assistant to take turns."""
-    if converted and converted[-1].get("results"):
-        converted[-1]["content"] += "\n\n" + text
-    else:
-        converted.append({"role": "user", "content": text, "results": True})
 
 
 def _written_calls(message: Message) -> str:
@@ -72,7 +72,8 @@ def _converted(message: Message, style: ChatFormat, where: str) -> TemplateMessa
         converted["tool_call_id"] = _call_id(message.tool_call_id, style)
     if message.tool_calls:
         converted["tool_calls"] = [
-            _call(call, style, f"{where}.tool_calls.{number}") for number, call in enumerate(message.tool_calls)
+            _call(call, style, f"{where}.tool_calls.{number}")
+            for number, call in enumerate(message.tool_calls)
         ]
     return converted
 
@@ -104,10 +105,13 @@ def _call_id(identifier: str, style: ChatFormat) -> str:
 
 def _introduce(converted: list[TemplateMessage], style: ChatFormat, tools: ToolSet) -> None:
     """Put the definitions into the system message, or before the first message where there can't be one."""
-    definitions = [json.dumps(tool.function.definition()["function"], ensure_ascii=False) for tool in tools.tools]
-    text = INTRODUCTION.format(tools="\n".join(definitions), several=SEVERAL if tools.parallel else "")
+    definitions = [tool.function.definition()["function"] for tool in tools.tools]
+    lines = [json.dumps(definition, ensure_ascii=False) for definition in definitions]
+    text = INTRODUCTION.format(tools="\n".join(lines), several=SEVERAL if tools.parallel else "")
     first = converted[0]
-    if first["role"] == "system" or not style.knows_system:
-        first["content"] = f"{text}\n\n{first['content']}" if first["role"] != "system" else f"{first['content']}\n\n{text}"
+    if first["role"] == "system":
+        first["content"] = f"{first['content']}\n\n{text}"
+    elif not style.knows_system:
+        first["content"] = f"{text}\n\n{first['content']}"
     else:
         converted.insert(0, {"role": "system", "content": text})

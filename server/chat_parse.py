@@ -18,9 +18,10 @@ from tokenmill.server.tool_protocol import ToolSet, read_tools
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 MAX_VARIABLES = 16
 RESERVED = frozenset(
-    "messages tools documents add_generation_prompt continue_final_message raise_exception strftime_now "
-    "dict namespace range lipsum cycler joiner loop caller varargs kwargs self true false none True False None "
-    "bos_token eos_token unk_token pad_token sep_token cls_token mask_token".split()
+    ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message"]
+    + ["raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner"]
+    + ["loop", "caller", "varargs", "kwargs", "self", "true", "false", "none", "True", "False", "None"]
+    + [f"{role}_token" for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 )
 """Names in a template that a request may not give a value."""
 
@@ -76,7 +77,8 @@ def _message(value: object) -> object:
         return value
     message = without_nulls(value)
     if "function_call" in message:
-        raise bad_request("messages: function_call is deprecated and not supported here; use tool_calls", "messages")
+        given = "messages: function_call is deprecated and not supported here; use tool_calls"
+        raise bad_request(given, "messages")
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     return message
@@ -130,11 +132,13 @@ def template_variables(request: SamplingFields) -> dict[str, Any]:
         if not _VARIABLE.fullmatch(name) or name in RESERVED:
             raise bad_request(f"{param}: {shorten(name)} can't be set", param)
         if value is not None and not isinstance(value, str | int | float):
-            raise bad_request(f"{param}: {name} must be a text, a number or a bool, not {shorten(value)}", param)
+            given = shorten(value)
+            raise bad_request(f"{param}: {name} must be a text, a number or a bool, not {given}", param)
     effort = request.reasoning_effort
     if effort is not None:
         if effort not in EFFORTS:
             allowed = ", ".join(EFFORTS)
-            raise bad_request(f"reasoning_effort must be one of {allowed}, not {shorten(effort)}", "reasoning_effort")
+            message = f"reasoning_effort must be one of {allowed}, not {shorten(effort)}"
+            raise bad_request(message, "reasoning_effort")
         variables.setdefault("reasoning_effort", effort)
     return variables

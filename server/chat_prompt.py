@@ -16,6 +16,7 @@ from tokenmill.engine.sampling_params import Grammar
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.admission import Job
 from tokenmill.server.chat_format import ChatFormat
+from tokenmill.server.chat_lark import answer_grammar
 from tokenmill.server.chat_messages import TemplateMessage, template_messages
 from tokenmill.server.chat_parse import ChatInput, template_variables
 from tokenmill.server.chat_protocol import Message
@@ -25,8 +26,8 @@ from tokenmill.server.model import Engine
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import INLINE_CHARACTERS, check_length, encode_texts
 from tokenmill.server.protocol import CompletionRequest
-from tokenmill.server.reasoning import ReasoningParser, Tags, is_open
-from tokenmill.server.tool_grammar import CallGrammar, answer_behind_thoughts
+from tokenmill.server.reasoning import ReasoningParser, is_open
+from tokenmill.server.tool_grammar import CallGrammar
 from tokenmill.server.tool_protocol import ToolSet, read_tools
 
 
@@ -41,11 +42,9 @@ class ChatPrompt(msgspec.Struct, frozen=True):
 
     def adapt(self, job: Job, tokenizer: Tokenizer) -> Job:
         """The job with what tools and thoughts need: grammar, stop, visible markup. Raises `ApiError` 400."""
-        params, param = job.params, job.grammar_param
-        grammar = self._grammar(params.grammar, tokenizer)
-        if grammar is not params.grammar:
-            param = param if param is not None and not (self.tools and self.tools.required) else "tools"
-            params = msgspec.structs.replace(params, grammar=grammar)
+        grammar = self._grammar(job, tokenizer)
+        params = msgspec.structs.replace(job.params, grammar=grammar)
+        param = job.grammar_param if self.tools is None else "tools"
         closing = self.style.form.closing
         if self.tools is not None and not self.tools.parallel and closing is not None and grammar is None:
             # The first call's end is the answer's.
@@ -53,34 +52,34 @@ class ChatPrompt(msgspec.Struct, frozen=True):
         shown = self.style.tokenizer(self.tools is not None)
         return msgspec.structs.replace(job, params=params, grammar_param=param, tokenizer=shown)
 
-    def _grammar(self, wanted: Grammar | None, tokenizer: Tokenizer) -> Grammar | None:
-        """What the answer must follow; `wanted` is what the request says of its content."""
+    def _grammar(self, job: Job, tokenizer: Tokenizer) -> Grammar | None:
+        """What the answer must follow, in place of what the request says of its content."""
+        wanted = job.params.grammar
         tags = self.style.tags
         if self.tools is None:
-            return answer_behind_thoughts(wanted, tokenizer, tags, self.opened) if wanted else None
+            return answer_grammar(wanted, tokenizer, tags, self.opened) if wanted else None
         calls = CallGrammar(tokenizer, self.style.form, self.tools.tools, self.tools.parallel)
         if self.tools.required:
             return calls.required(tags, self.opened)
         if wanted is None:
             return calls.strict()
-        message = "tools that may be called or not can't be combined with a format of the answer; say tool_choice"
+        message = f"tools that may be called or not don't go with {job.grammar_param}; say tool_choice"
         raise bad_request(message, "tool_choice")
 
-    def new_text(self, grammar: Grammar | None) -> ChatText:
-        """What reads one choice's text; `grammar` is the job's."""
+    def new_text(self, job: Job) -> ChatText:
+        """What reads the text of one of the job's choices."""
         tags, tools = self.style.tags, self.tools
-        reasoning = tags and (None if _hides(grammar, tags) else ReasoningParser(tags, self.opened))
-        parser = tools and self.style.form.parser(tools.names, None if tools.parallel else 1)
+        reasoning = parser = None
+        # A grammar in the client's own words has no place for thoughts.
+        if tags is not None and job.grammar_param != "guided_grammar":
+            reasoning = ReasoningParser(tags, self.opened)
+        if tools is not None:
+            parser = self.style.form.parser(tools.names, None if tools.parallel else 1)
         return ChatText(reasoning, parser)
 
 
-def _hides(grammar: Grammar | None, tags: Tags) -> bool:
-    """Whether an answer can't have thoughts, because its grammar has no place for them."""
-    return grammar is not None and (grammar.kind != "grammar" or "thoughts" not in grammar.text)
-
-
 async def chat_prompt(chat: ChatInput, variant: Variant, engine: Engine) -> ChatPrompt:
-    """The prompt of a chat request. Raises `ApiError` 400: no template, the template's refusal, no tools here."""
+    """The prompt of a chat request. Raises `ApiError` 400: no template, its refusal, no tools here."""
     if chat.tools is not None and not variant.tools:
         raise bad_request(f"tools: {variant.name} takes none", "tools")
     style = engine.chat(variant.chat_template, variant.tool_parser)
@@ -100,7 +99,9 @@ async def chat_prompt(chat: ChatInput, variant: Variant, engine: Engine) -> Chat
     return ChatPrompt(ids, style, chat.tools, opened)
 
 
-async def completion_as_chat(request: CompletionRequest, variant: Variant, engine: Engine) -> list[ChatPrompt]:
+async def completion_as_chat(
+    request: CompletionRequest, variant: Variant, engine: Engine
+) -> list[ChatPrompt]:
     """The prompts of a completion with `tools`, each as the one user message of a chat.
 
     For `/v1/completions`: the ids replace the prompts, `ChatPrompt.adapt` completes the job, and a
@@ -111,7 +112,7 @@ async def completion_as_chat(request: CompletionRequest, variant: Variant, engin
         raise bad_request("prompt: with tools it must be text, since it becomes a chat message", "prompt")
     completion = request.model_copy(update={"add_special_tokens": False})
     chats = [
-        ChatInput([Message(role="user", content=str(prompt))], tools, variables, completion)
+        ChatInput([Message.model_validate({"role": "user", "content": prompt})], tools, variables, completion)
         for prompt in request.prompt
     ]
     return [await chat_prompt(chat, variant, engine) for chat in chats]

@@ -59,7 +59,9 @@ class ToolCall(Strict):
 
     id: str = Field(min_length=1, max_length=256, description="The call's id.", examples=["call_1"])
     type: Literal["function"] = Field("function", description="Always `function`.", examples=["function"])
-    function: CalledFunction = Field(description="What was called.")
+    function: CalledFunction = Field(
+        description="What was called.", examples=[{"name": "get_weather", "arguments": "{}"}]
+    )
     index: int | None = Field(None, description="Accepted, as streams have it.", examples=[0])
 
 

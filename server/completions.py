@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -63,16 +63,22 @@ class CompletionEndpoint:
         await self.respond(parse_completion(body, self._options.warn_unknown), context, receive, send)
 
     async def respond(
-        self, request: CompletionRequest, context: RequestContext, receive: Receive, send: Send
+        self,
+        request: CompletionRequest,
+        context: RequestContext,
+        receive: Receive,
+        send: Send,
+        exchange: MakeExchange | None = None,
     ) -> None:
-        """Answer a request that is checked. Raises `ApiError` or `ClientGone`."""
+        """Answer a checked request, by an exchange of this kind. Raises `ApiError` or `ClientGone`."""
         context.add_headers(first_of(request, "inference_extra_headers") or {})
         context.user = request.user
         variant, model = self._registry.resolve(request.model)
         context.model = variant.name
         status = 500
         try:
-            await self._exchange(request, variant, model, context).run(receive, send)
+            begin = exchange or Exchange
+            await begin(self._options, request, variant, model, context).run(receive, send)
             status = 200
         except ApiError as error:
             status = error.status
@@ -84,12 +90,6 @@ class CompletionEndpoint:
         finally:
             context.outcome = status
             model.metrics.outcomes[str(status)] += 1
-
-
-    def _exchange(
-        self, request: CompletionRequest, variant: Variant, model: Model, context: RequestContext
-    ) -> Exchange:
-        return Exchange(self._options, request, variant, model, context)
 
 
 class Exchange:
@@ -165,6 +165,9 @@ class Exchange:
 
     def _answer(self, generation: Generation) -> Writer:
         return Answer(generation, self._request, self._request.model or self._variant.name)
+
+
+MakeExchange = Callable[[EndpointOptions, CompletionRequest, Variant, Model, RequestContext], Exchange]
 
 
 class Writer(Protocol):

@@ -19,6 +19,8 @@ MaxPrompts = Annotated[int, Meta(ge=1, le=65536)]
 FimToken = Annotated[str, Meta(min_length=1)] | Annotated[int, Meta(ge=0)]
 FimOrder = Literal["psm", "spm", "spm2"]
 """prefix-suffix-middle; suffix first, each after its token; suffix first between prefix and middle token."""
+TOOL_PARSERS = ("hermes", "llama3", "mistral", "deepseek", "json")
+"""Forms of tool calls that `tool_parser` may name beside `auto`."""
 SuffixWay = Literal["tokens", "rerank"]
 
 

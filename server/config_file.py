@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from tokenmill.engine.sampling_params import SamplingParams
-from tokenmill.server.config import Config, Deployment, Entry, FimMarkup
+from tokenmill.server.config import TOOL_PARSERS, Config, Deployment, Entry, FimMarkup
 from tokenmill.server.fim_presets import PRESETS
 
 SAMPLING_KEYS = (
@@ -215,6 +215,9 @@ def _check_variant(variant: Entry | Deployment, root: yaml.Node, path: tuple[str
         raise ConfigError(
             f"the order {variant.fim.order} needs a middle token", _node(root, *path, "fim").start_mark
         )
+    if variant.tool_parser not in (None, "auto", *TOOL_PARSERS):
+        message = f"tool_parser is auto or one of {', '.join(TOOL_PARSERS)}; not {variant.tool_parser!r}"
+        raise ConfigError(message, _node(root, *path, "tool_parser").start_mark)
     if variant.chat_template is not None:
         try:
             Path(variant.chat_template).expanduser().read_text(encoding="utf-8")

@@ -55,11 +55,6 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def not_yet(param: str, what: str) -> ApiError:
-    """400: a field of the contract that this version can't honour."""
-    return bad_request(f"{param}: {what} isn't supported by this server", param, "unsupported_parameter")
-
-
 def overloaded(message: str, retry_after_s: int) -> ApiError:
     """429: the queue is full."""
     headers = {"retry-after": str(retry_after_s)}

@@ -69,5 +69,9 @@ def stop_tokens(markup: FimMarkup, name: str | None) -> tuple[str | int, ...]:
             for other in PRESETS.values()
             if (other.prefix, other.suffix, other.middle) == (markup.prefix, markup.suffix, markup.middle)
         ]
-    ends = [token for item in own for token in (item.prefix, item.suffix, item.middle, item.repo, item.file, *item.stop)]
+    ends = [
+        token
+        for item in own
+        for token in (item.prefix, item.suffix, item.middle, item.repo, item.file, *item.stop)
+    ]
     return tuple(dict.fromkeys(token for token in ends if token is not None))

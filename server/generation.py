@@ -33,6 +33,7 @@ class Choice:
         "accepted_drafts",
         "detokenizer",
         "finish_reason",
+        "first",
         "ids",
         "index",
         "last",
@@ -56,12 +57,14 @@ class Choice:
         self.text = ""
         """Text that is ready and not taken yet."""
         self.finish_reason: str | None = None
-        self.last = 0.0
+        self.first = self.last = 0.0
+        """When its first and its latest tokens came: monotonic seconds, 0 before."""
 
-    def take(self, delta: Delta) -> None:
-        """Add the news of the engine."""
+    def take(self, delta: Delta) -> str:
+        """Add the news of the engine; the text that they release."""
         before = self.detokenizer.token_count
-        self.text += self.detokenizer.push(delta.token_ids, delta.finish is not None, delta.stop_token)
+        text = self.detokenizer.push(delta.token_ids, delta.finish is not None, delta.stop_token)
+        self.text += text
         # Tokens after the one that completed a stop were made in vain.
         added = self.detokenizer.token_count - before
         self.ids += delta.token_ids[:added]
@@ -74,6 +77,7 @@ class Choice:
             self.finish_reason = "stop"
         elif delta.finish is not None:
             self.finish_reason = delta.finish
+        return text
 
     def take_text(self) -> str:
         """The text that nobody has taken yet."""
@@ -168,8 +172,8 @@ class Generation:
         self.guard = guard
         self.blocked = False
         """Set while a send waits for the client to read."""
-        self.watch: Callable[[Choice, float], None] | None = None
-        """Called with each choice that has news; it may end the choice by giving it a finish reason."""
+        self.watch: Callable[[Choice, str, float], None] | None = None
+        """Sees each choice's new text and its time; it may end the choice by giving it a finish reason."""
         self._place = place
         self._metrics = metrics
         self._arrival = context.arrival
@@ -253,9 +257,9 @@ class Generation:
             return
         if delta.token_ids:
             self._observe(choice, len(delta.token_ids), now)
-        choice.take(delta)
-        if self.watch is not None and choice.finish_reason is None:
-            self.watch(choice, now)
+        text = choice.take(delta)
+        if self.watch is not None and text:
+            self.watch(choice, text, now)
         if choice.finish_reason is not None:
             self._finish(run, delta)
         if self._streams:
@@ -298,6 +302,7 @@ class Generation:
             self._metrics.time_to_first_token.observe(now - self._arrival)
         if choice.last:
             self._metrics.inter_token.observe((now - choice.last) / tokens, tokens)
+        choice.first = choice.first or now
         choice.last = now
 
     def usage(self) -> dict[str, object]:

@@ -17,8 +17,8 @@ from typing import Literal
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import FromEngine, LoadFailed, Loading, Ready, Stats
 from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.server.config import FimMarkup
 from tokenmill.server.chat_format import ChatFormat
+from tokenmill.server.config import FimMarkup
 from tokenmill.server.engine_client import EngineClient
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
@@ -63,7 +63,8 @@ class Engine:
         return self._fims[wanted]
 
     def chat(self, template: str | None, tool_parser: str) -> ChatFormat:
-        """How the model chats, by an entry's `chat_template` (None: its own) and `tool_parser`. `ApiError`."""
+        """How the model chats, by an entry's `chat_template` (None: its own) and `tool_parser`. `ApiError`
+        400 where it has no template."""
         wanted = (template, tool_parser)
         if wanted not in self._chats:
             self._chats[wanted] = ChatFormat(self.tokenizer, template, tool_parser)

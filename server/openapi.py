@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
+from pydantic import BaseModel
 
-from tokenmill.server.protocol import CompletionRequest
-from tokenmill.server.protocol_responses import CompletionResponse, ErrorResponse
+from tokenmill.server.protocol_responses import ErrorResponse
 
 _REF = "#/components/schemas/{model}"
 _ERRORS = {
@@ -24,7 +25,17 @@ _ERRORS = {
 }
 
 
-def add_completion_schemas(app: FastAPI, paths: Sequence[str]) -> None:
+class Operation(msgspec.Struct, frozen=True):
+    """What a route with a handler of our own takes and gives."""
+
+    path: str
+    answer: type[BaseModel]
+    body: type[BaseModel] | None = None
+    streams: bool = False
+    method: str = "post"
+
+
+def document_operations(app: FastAPI, operations: Sequence[Operation]) -> None:
     """Give these routes their request and response schemas."""
     generate = app.openapi
 
@@ -32,32 +43,38 @@ def add_completion_schemas(app: FastAPI, paths: Sequence[str]) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (CompletionRequest, CompletionResponse, ErrorResponse):
-                schema = model.model_json_schema(ref_template=_REF)
-                schemas.update(schema.pop("$defs", {}))
-                schemas[model.__name__] = schema
-            _allow_null(schemas["CompletionRequest"])
-            for path in paths:
-                document["paths"][path]["post"].update(_completion_operation())
+            _add_schema(schemas, ErrorResponse)
+            for operation in operations:
+                _add_schema(schemas, operation.answer)
+                if operation.body is not None:
+                    _add_schema(schemas, operation.body)
+                    _allow_null(schemas[operation.body.__name__])
+                document["paths"][operation.path][operation.method].update(_described(operation))
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _completion_operation() -> dict[str, Any]:
-    def content(name: str) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": _REF.format(model=name)}}}
+def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template=_REF)
+    schemas.update(schema.pop("$defs", {}))
+    schemas[model.__name__] = schema
 
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
-    answers = {"200": {"description": "The completion.", "content": content("CompletionResponse") | stream}}
+
+def _described(operation: Operation) -> dict[str, Any]:
+    def content(model: type[BaseModel]) -> dict[str, Any]:
+        return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+
+    stream = {"text/event-stream": {"schema": {"type": "string"}}} if operation.streams else {}
+    answers = {"200": {"description": "The answer.", "content": content(operation.answer) | stream}}
     errors = {
-        status: {"description": text, "content": content("ErrorResponse")} for status, text in _ERRORS.items()
+        status: {"description": text, "content": content(ErrorResponse)} for status, text in _ERRORS.items()
     }
-    return {
-        "requestBody": {"required": True, "content": content("CompletionRequest")},
-        "responses": answers | errors,
-    }
+    described: dict[str, Any] = {"responses": answers | errors}
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": content(operation.body)}
+    return described
 
 
 def _allow_null(schema: dict[str, Any]) -> None:

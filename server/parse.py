@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from tokenmill.server.body import decode_object, without_nulls
-from tokenmill.server.errors import SHOWN, ApiError, bad_request, not_yet, shorten
+from tokenmill.server.errors import SHOWN, ApiError, bad_request, shorten
 from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.protocol import CompletionRequest
 
@@ -199,14 +199,6 @@ def check_conflicts(request: CompletionRequest) -> None:
 
 def check_supported(request: CompletionRequest) -> None:
     """Refuse what this version can't do, wherever it would matter. Raises `ApiError` 400."""
-    if request.tools:
-        raise not_yet("tools", "tool calling")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise not_yet("tool_choice", f"{shorten(request.tool_choice)} without tools")
     if request.audio is not None or "audio" in (request.modalities or ()):
         param = "audio" if request.audio is not None else "modalities"
         raise bad_request("this model can't speak", param, "unsupported_modality")
-    if request.chat_template_kwargs:
-        raise not_yet("chat_template_kwargs", "a chat template for completions")
-    if request.reasoning_effort is not None:
-        raise not_yet("reasoning_effort", "a chat template for completions")

@@ -32,8 +32,11 @@ class Infill(msgspec.Struct, frozen=True):
     """What already stands at the cursor, to be gone on with."""
 
 
+NOTHING_MORE = Infill()
+
+
 async def encode_prompts(
-    request: CompletionRequest, engine: Engine, infill: Infill = Infill()
+    request: CompletionRequest, engine: Engine, infill: Infill = NOTHING_MORE
 ) -> list[PromptInput]:
     """The prompts of a request as ids. Raises `ApiError` 400.
 
@@ -57,7 +60,7 @@ async def encode_prompts(
 
 
 async def encode_infill(
-    request: CompletionRequest, engine: Engine, fim: Fim, infill: Infill = Infill()
+    request: CompletionRequest, engine: Engine, fim: Fim, infill: Infill = NOTHING_MORE
 ) -> list[PromptInput]:
     """The prompts with the suffix behind them, in the order that the model knows. Raises `ApiError` 400."""
     suffix = request.suffix or ""

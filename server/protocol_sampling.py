@@ -61,7 +61,7 @@ class SamplingFields(Strict):
         1.0, gt=0, le=2, description="Divides the logits of tokens of prompt and output.", examples=[1.1]
     )
     logit_bias: LogitBias = Field(
-        default_factory=dict,
+        {},
         description="Added to the logits: -100 bans a token, 100 forces it.",
         examples=[{"5": -100}],
     )
@@ -86,7 +86,7 @@ class SamplingFields(Strict):
     )
     stop_sequences: Stop | None = Field(None, description="Alias of `stop`.", examples=[["\n"]])
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=INT31)]] = Field(
-        default_factory=list, max_length=1024, description="Token ids that end the text.", examples=[[2]]
+        [], max_length=1024, description="Token ids that end the text.", examples=[[2]]
     )
     include_stop_str_in_output: bool = Field(
         False, description="Keep the stop in the text.", examples=[False]
@@ -99,7 +99,9 @@ class SamplingFields(Strict):
     )
 
     stream: bool = Field(False, description="Server-sent events as the text comes.", examples=[False])
-    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    stream_options: StreamOptions | None = Field(
+        None, description="Only with `stream`.", examples=[{"include_usage": True}]
+    )
     inference_timeout: Timeout | None = Field(
         None,
         description="Seconds from arrival to the answer's end; the entry's `timeout_s` if not given.",

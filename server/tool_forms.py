@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import msgspec
 
@@ -11,7 +10,7 @@ from tokenmill.server.tool_parser import BareParser, DeepSeekParser, HermesParse
 
 
 class Wrapping(msgspec.Struct, frozen=True, kw_only=True):
-    """The text around the calls of an answer. `{name}` in `before` is the function's; the arguments follow."""
+    """The text around the calls of an answer; `{name}` is the function's, its arguments follow `before`."""
 
     start: str = ""
     before: str
@@ -129,8 +128,3 @@ def _detect(template: str) -> str:
     if BareParser.TAG in template or re.search(r'"name":.{0,80}"parameters":', template):
         return "llama3"
     return "json"
-
-
-def split_name(before: str) -> Sequence[str]:
-    """What stands in `Wrapping.before` before the function's name, and what behind it."""
-    return before.split("{name}")

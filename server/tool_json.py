@@ -34,7 +34,7 @@ class ValueScanner:
         self._scalar = False
 
     def feed(self, text: str, start: int = 0) -> int:
-        """Read from `start`; where the value ends in this text, or its length. Blanks before it belong to it."""
+        """Read from `start`; where the value ends in this text, or its length. Blanks before it count."""
         position = start
         while position < len(text) and not (self.done or self.broken):
             position = self._in_string(text, position) if self._quoted else self._outside(text, position)

@@ -143,7 +143,7 @@ class ToolParser:
 
 
 class HermesParser(ToolParser):
-    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen and others."""
+    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others."""
 
     OPEN = "<tool_call>"
     CLOSE = "</tool_call>"

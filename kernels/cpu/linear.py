@@ -79,6 +79,11 @@ class PackedLinear:
             library.tm_pack_columns(self._address, values.data_ptr(), self.bias.data_ptr())
             self.struct.bias = self.bias.data_ptr()
 
+    @property
+    def address(self) -> int:
+        """Where its `Packed` structure lies, for as long as this object lives."""
+        return self._address
+
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, in] → [T, out_features], plus `residual` of the result's shape and type.
 

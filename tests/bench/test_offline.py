@@ -97,7 +97,8 @@ def test_footprint_counts_what_a_step_reads(driver: Driver) -> None:
 
 def test_footprint_of_a_mixture(tmp_path: Path) -> None:
     make_tiny("qwen3_moe", tmp_path)
-    engine = LLM(str(tmp_path), device="cpu", dtype="float32", num_blocks=16, max_batch=1).engine
+    settings = {"device": "cpu", "dtype": "float32", "num_blocks": 16, "max_batch": 1, "fused_decoder": False}
+    engine = LLM(str(tmp_path), **settings).engine
     config, found = engine.model.hf_config, footprint_of(engine)
     assert found.expert_share == config.num_experts_per_tok / config.num_experts < 1
     assert found.expert_weights == sum(

@@ -6,7 +6,7 @@ import atexit
 import json
 import shutil
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tokenmill.engine import attention, guards
 from tokenmill.engine.tiny import make_tiny
 
 PAGED_TYPES = (
@@ -110,7 +111,28 @@ def _as_llama_cpp(name: str, weight: torch.Tensor, config: dict[str, Any]) -> to
     return weight
 
 
+def paged_logits(module: torch.nn.Module, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [T, V] of each text [T] by a module's own code through a paged cache, in chunks."""
+    layers = attention.probe_layers(module)
+    with torch.inference_mode():
+        return guards.run_paged(partial(attention.forward, module), layers, texts)
+
+
 def eager_model(folder: Path | str) -> Any:
     """The checkpoint in transformers' own code with eager attention, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return model.eval()
+
+
+def greedy_gap(model: Any, prompt: list[int], tokens: list[int]) -> float:
+    """How far `tokens`, in turn, are from the best continuation of `prompt` by full recomputation.
+
+    0 when each is the argmax; else the largest distance to it, as a share of the largest logit.
+    """
+    ids, gap = list(prompt), 0.0
+    for token in tokens:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        gap = max(gap, float((logits.max() - logits[token]) / logits.abs().max()))
+        ids.append(token)
+    return gap

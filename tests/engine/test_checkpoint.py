@@ -89,14 +89,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config cut": (lambda x: truncate(x / "config.json", 40), "config.json is no JSON"),
     "config nested": (lambda x: (x / "config.json").write_text("[" * 10**5), "config.json is no JSON"),
     "config a list": (lambda x: (x / "config.json").write_text("[1]"), "config.json is no JSON object"),
-    "code": (
-        lambda x: edit_json(x / "config.json", auto_map={"AutoModel": "m.M"}),
-        "config.json asks for code",
-    ),
-    "tokenizer code": (
-        lambda x: edit_json(x / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}),
-        "tokenizer_config.json asks for code",
-    ),
     "adapter": (lambda x: (x / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "packed": (lambda x: edit_json(x / "config.json", quantization_config={"quant_method": "gptq"}), "gptq"),
     "pickle": (only_pickle, "pytorch_model.bin may hold code"),
@@ -147,11 +139,6 @@ def test_refuses_with_one_line(folder: Path, damage: str) -> None:
     inflict, words = DAMAGES[damage]
     inflict(folder)
     assert words in refusal(folder)
-
-
-def test_a_refusal_for_code_names_the_way_out(folder: Path) -> None:
-    edit_json(folder / "config.json", auto_map={"AutoConfig": "c.C"})
-    assert "take auto_map out" in refusal(folder)
 
 
 def test_finds_a_package_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

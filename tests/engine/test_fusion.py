@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PAGED_TYPES, tiny
+from checkpoints import PAGED_TYPES, paged_logits, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -43,11 +43,11 @@ def test_logits_and_memory_stay(model_type: str) -> None:
     model = load(model_type)
     texts = [torch.randint(0, 320, (n,), generator=torch.Generator().manual_seed(n)) for n in guards.LENGTHS]
     with torch.no_grad():
-        before, size = guards.run_paged(model, texts), storage_bytes(model)
+        before, size = paged_logits(model, texts), storage_bytes(model)
         names = list(model.state_dict())
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         groups = fuse_siblings(model)
-        after = guards.run_paged(model, texts)
+        after = paged_logits(model, texts)
     assert guards.relative_error(after, before) < 1e-5
     assert groups == GROUPS.get(model_type, groups)
     assert list(model.state_dict()) == names

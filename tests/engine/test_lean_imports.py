@@ -12,11 +12,13 @@ from checkpoints import tiny
 
 LOAD = """
 import json, sys, torch
+from functools import partial
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine import guards, loader
+from tokenmill.engine import attention, guards, loader
 model = loader.load(EngineConfig(source=sys.argv[1]), lambda *stage: None)
 texts = [torch.arange(3, 3 + n) for n in guards.LENGTHS]
-logits = torch.cat(guards.run_paged(model.module, texts))
+layers = attention.probe_layers(model.module)
+logits = torch.cat(guards.run_paged(partial(attention.forward, model.module), layers, texts))
 heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy", "sklearn")
 print(json.dumps([logits.flatten().tolist()[:2000], [x for x in heavy if x in sys.modules]]))
 """

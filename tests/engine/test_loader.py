@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PAGED_TYPES, copy_of, edit_json, tiny, tiny_gguf
+from checkpoints import PAGED_TYPES, copy_of, eager_model, edit_json, paged_logits, tiny, tiny_gguf
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
 
-from tokenmill.engine import gguf_cache, guards, loader, tokenizer_export
+from tokenmill.engine import LLM, SamplingParams, attention, gguf_cache, guards, loader, tokenizer_export
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import InvalidRequest
+from tokenmill.engine.guards import Verdict
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.rope import pin_rope
@@ -59,11 +61,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_logits_are_those_of_transformers(model_type: str) -> None:
     folder = tiny(model_type)
     model = load(folder)
-    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    eager = eager_model(folder)
     with torch.no_grad():
         wanted = [eager(input_ids=x[None]).logits[0] for x in texts(model.logits_width)]
-        found = guards.run_paged(model.module, texts(model.logits_width))
-    assert guards.relative_error(found, wanted) < 1e-5
+    assert guards.relative_error(paged_logits(model.module, texts(model.logits_width)), wanted) < 1e-5
 
 
 def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32
     assert model.model_type == "llama"
-    assert model.fused == 4
+    assert model.verdict == Verdict(None, True, "halves")
     assert model.parameters == sum(x.numel() for x in load_file(folder / "model.safetensors").values())
     assert model.description == "llama, 0.115M parameters, float32 on cpu"
     assert not model.module.training
@@ -91,9 +92,7 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
 
 
 def test_weights_stay_in_the_mapped_file() -> None:
-    config = EngineConfig(source=str(tiny("llama", dtype="bfloat16")))
-    model = loader.load(config, lambda stage, fraction: None, fuse=False)
-    assert model.fused == 0
+    model = load(tiny("llama", dtype="bfloat16"))
     mapped = [
         tuple(int(x, 16) for x in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -123,9 +122,15 @@ def test_dtype(stored: str, wanted: Any, native: bool, loaded: str, monkeypatch:
     assert f"{loaded}{note} on cpu" in model.description
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, 512), (100, 100), (9999, 512)])
+@pytest.mark.parametrize(("asked", "given"), [(None, 512), (100, 100), (512, 512)])
 def test_max_context(asked: int | None, given: int) -> None:
     assert load(tiny("llama"), max_context=asked).max_context == given
+
+
+def test_a_model_without_a_limit_takes_any_context() -> None:
+    folder = tiny("mamba")
+    assert load(folder).max_context == loader.DEFAULT_CONTEXT
+    assert load(folder, max_context=100_000).max_context == 100_000
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,7 @@ def test_max_context(asked: int | None, given: int) -> None:
         ({"device": "mps"}, "device 'mps' isn't supported"),
         ({"device": "cuda:99"}, "device 'cuda:99' isn't there"),
         ({"max_context": 0}, "max_context must be at least 1"),
+        ({"max_context": 513}, "max_context 513 is more than the model's 512 tokens"),
     ],
 )
 def test_refuses_options(options: dict[str, Any], words: str) -> None:
@@ -167,9 +173,49 @@ def test_refuses_a_config_that_does_not_fit(tmp_path: Path, change: dict[str, An
     assert words in refusal(folder)
 
 
-def test_refuses_an_attention_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
-    assert "model type falcon has an attention of its own" in refusal(tiny("falcon"))
+def test_what_the_paged_cache_gets_wrong_keeps_its_own_attention(capfd: pytest.CaptureFixture[str]) -> None:
+    model = load(tiny("falcon"))
+    assert model.verdict == Verdict("it has an attention of its own")
+    assert model.module.config._attn_implementation != attention.NAME
     assert "transformers" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_known_type_is_left_alone(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    classes = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", "own.T"]}
+    edit_json(folder / name, auto_map=classes)
+    (folder / "own.py").write_text("raise RuntimeError('its code was run')")
+    model = load(folder)
+    assert type(model.module) is type(load(tiny("llama")).module)
+    assert model.tokenizer == load(tiny("llama")).tokenizer
+    warnings = [x.getMessage() for x in caplog.records if "code of its own" in x.getMessage()]
+    assert len(warnings) == 1
+    assert "transformers' class for 'llama' is used" in warnings[0]
+
+
+def test_code_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    edit_json(folder / "config.json", model_type="lama", auto_map={"AutoConfig": "own.C"})
+    assert "doesn't know; it asks for code of its own (auto_map), which is never run" in refusal(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|beyond|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    edit_json(folder / "generation_config.json", eos_token_id=[2, 320])
+    llm = LLM(str(folder), max_context=64, num_blocks=8)
+    ready = llm.engine.ready()
+    assert (ready.tokenizer.vocab_size, ready.logits_width) == (321, 320)
+    assert 320 not in llm.engine.model.eos_ids
+    for prompt in ("a<|beyond|>", [5, 320]):
+        with pytest.raises(InvalidRequest, match=r"must lie in 0\.\.319"):
+            llm.generate(prompt, SamplingParams(max_tokens=2))
+    assert llm.generate("a", SamplingParams(max_tokens=2))[0].choices[0].finish_reason
 
 
 def test_refuses_missing_tensors(tmp_path: Path) -> None:
@@ -255,10 +301,10 @@ def test_truncation_and_padding_are_not_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "config", "ends"),
     [
-        ({"eos_token_id": 7}, 9, (2, 7)),
-        ({"eos_token_id": [7, 8]}, 9, (2, 7, 8)),
-        ({}, 9, (2, 9)),
-        ({"eos_token_id": 100_000}, 9, (2,)),
+        ({"eos_token_id": 7}, 9, (7,)),
+        ({"eos_token_id": [7, 8]}, 9, (7, 8)),
+        ({}, 9, (9,)),
+        ({"eos_token_id": 100_000}, 9, ()),
         (None, None, (2,)),
     ],
 )
@@ -270,6 +316,29 @@ def test_ends_of_a_generation(
     if generation is not None:
         edit_json(folder / "generation_config.json", **generation)
     edit_json(folder / "config.json", eos_token_id=config)
+    assert load(folder).eos_ids == tuple(sorted({4, *ends})), "4 ends a turn of the chat template"
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert load(folder).eos_ids == ends
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{% for m in messages %}{{ m['content'] + '<|tool|>\n' }}{% endfor %}", (2, 5)),
+        ("{% for m in messages %}{{ '<|tool|>' + m['content'] }}{% endfor %}", (2,)),
+        ("{% for m in messages %}{{ m['content'] + '</turn>' }}{% endfor %}", (2,)),
+        (
+            "{% for m in messages %}{{ m['content'] + ('<|tool|>' if loop.last else '!') }}{% endfor %}",
+            (2, 5),
+        ),
+        ("{{ raise_exception('a system message must come first') }}", (2,)),
+        ("{% broken", (2,)),
+    ],
+)
+def test_the_end_of_a_turn_ends_a_generation(tmp_path: Path, template: str, ends: tuple[int, ...]) -> None:
+    folder = copy_of(tiny("llama"), tmp_path / "model")
+    edit_json(folder / "generation_config.json", eos_token_id=2)
+    (folder / "chat_template.jinja").write_text(template)
     assert load(folder).eos_ids == ends
 
 
@@ -298,13 +367,8 @@ def test_gguf_equals_its_safetensors(own_cache: Path, tmp_path: Path) -> None:
     ours, theirs = load(file), load(tiny("llama"))
     assert ours.dtype == torch.float32
     inputs = texts(320)
-    with torch.no_grad():
-        assert (
-            guards.relative_error(
-                guards.run_paged(ours.module, inputs), guards.run_paged(theirs.module, inputs)
-            )
-            < 1e-6
-        )
+    found, wanted = paged_logits(ours.module, inputs), paged_logits(theirs.module, inputs)
+    assert guards.relative_error(found, wanted) < 1e-6
     assert ours.tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert ours.eos_ids == (2,)
     left = Tokenizer.from_str(ours.tokenizer.tokenizer_json)
@@ -349,11 +413,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
         monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with caplog.at_level(logging.WARNING):
         model = load(file)
-    assert model.fused == 4
+    assert model.verdict.refusal is None
     inputs = texts(320)
-    with torch.no_grad():
-        found = guards.run_paged(model.module, inputs)
-        wanted = guards.run_paged(load(tiny("llama")).module, inputs)
+    found, wanted = paged_logits(model.module, inputs), paged_logits(load(tiny("llama")).module, inputs)
     assert guards.relative_error(found, wanted) < 1e-6
     assert any("can't be written" in record.getMessage() for record in caplog.records)
     assert not list(tmp_path.glob("cache/gguf/*/*/.new-*")), "nothing half-made is left behind"
@@ -380,7 +442,7 @@ def test_longrope_is_pinned_by_the_context(tmp_path: Path) -> None:
     short, long = load(folder, max_context=128), load(folder, max_context=129)
     tables = [x.module.get_submodule("model.rotary_emb").inv_freq.clone() for x in (short, long)]
     torch.testing.assert_close(tables[0], tables[1] * torch.tensor(rope["long_factor"]))
-    logits = [guards.run_paged(x.module, texts(320)) for x in (short, long)]
+    logits = [paged_logits(x.module, texts(320)) for x in (short, long)]
     assert guards.relative_error(*logits) > 1e-3
     after = [x.module.get_submodule("model.rotary_emb").inv_freq for x in (short, long)]
     assert all(torch.equal(a, b) for a, b in zip(tables, after, strict=True)), "no forward changes a table"
@@ -389,7 +451,8 @@ def test_longrope_is_pinned_by_the_context(tmp_path: Path) -> None:
 def test_dynamic_rope_is_pinned_by_the_context(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     folder = tiny_with_rope(tmp_path, "llama", rope)
-    plain, stretched = load(folder), load(folder, max_context=5000)
+    plain, stretched = load(folder), load(folder, max_context=2048)
+    assert "more than the model's 2048 tokens" in refusal(folder, max_context=2049)
     assert (plain.max_context, stretched.max_context) == (512, 2048)
     tables = [x.module.get_submodule("model.rotary_emb").inv_freq for x in (plain, stretched)]
     default = load(tiny("llama")).module.get_submodule("model.rotary_emb").inv_freq
@@ -409,7 +472,7 @@ def tiny_with_rope(tmp_path: Path, model_type: str, rope: dict[str, Any], **more
 def test_smollm2_from_its_package() -> None:
     model = load(SMOLLM2, dtype="bfloat16")
     assert model.model_type == "llama"
-    assert model.fused == 60
+    assert model.verdict == Verdict(None, True, "halves")
     assert model.eos_ids == (2,)
     assert (model.logits_width, model.max_context) == (49152, 8192)
     assert model.description == "llama, 135M parameters, bfloat16 on cpu"
@@ -419,11 +482,10 @@ def test_smollm2_from_its_package() -> None:
     ours = Tokenizer.from_str(model.tokenizer.tokenizer_json)
     for text in (*TEXTS, "def f(x):\n\treturn x  # naïve", "<|im_start|>user\nHi<|im_end|>\n"):
         assert ours.encode(text).ids == theirs(text).input_ids
-    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    eager, inputs = eager_model(folder), texts(49152)
     with torch.no_grad():
-        inputs = texts(49152)
         wanted = [eager(input_ids=x[None]).logits[0] for x in inputs]
-        found = guards.run_paged(load(folder, dtype="float32").module, inputs)
+    found = paged_logits(load(folder, dtype="float32").module, inputs)
     assert guards.relative_error(found, wanted) < 1e-5
 
 
@@ -440,4 +502,4 @@ def test_a_half_written_entry_is_no_entry(own_cache: Path, tmp_path: Path) -> No
     assert folder is not None
     shutil.rmtree(folder)
     folder.mkdir()
-    assert load(file).fused == 4
+    assert load(file).parameters == load(tiny("llama")).parameters

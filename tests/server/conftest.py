@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from chat_live import CHAT_ENGINE, CONFIG
 from live_server import MODEL, ONE_MODEL, LiveServer, eventually
 
 from tokenmill.server.config_file import parse_config
@@ -31,3 +32,11 @@ def start() -> Iterator[Callable[..., LiveServer]]:
     yield begin
     for live in running:
         live.__exit__()
+
+
+@pytest.fixture(scope="session")
+def chat_server() -> Iterator[LiveServer]:
+    """A server with chat models of several kinds, shared by the tests that don't break it."""
+    with LiveServer(parse_config(CONFIG), engine=CHAT_ENGINE) as live:
+        eventually(lambda: live.client.get("/health").json()["status"] == "ok")
+        yield live

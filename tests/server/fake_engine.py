@@ -4,7 +4,8 @@ Run as `python fake_engine.py [--mode NAME] --fd N`. The generation repeats the 
 deterministically; the source in `Start` may carry settings: `fake:load_s=0.5,step_s=0.01,eos_after=7`;
 with `fim=1` its tokenizer has tokens for filling in the middle. A prompt that contains a trigger word makes
 it misbehave: see `TRIGGERS`. Under a grammar it says the grammar's kind and text, and ends; one that contains
-REFUSE can't be compiled. A prediction is right about every token that it holds.
+REFUSE can't be compiled, and one that contains DEADEND allows four tokens. A prediction is right about every
+token that it holds.
 """
 
 from __future__ import annotations
@@ -109,10 +110,14 @@ class Sequence:
     made: list[int] = field(default_factory=list)
 
     @property
-    def refused(self) -> bool:
-        """Whether its grammar can't be compiled."""
+    def grammar_error(self) -> str | None:
+        """Why its grammar ends it, if it does."""
         grammar = self.add.params.grammar
-        return grammar is not None and "REFUSE" in grammar.text
+        if grammar is not None and "REFUSE" in grammar.text:
+            return "it can't be compiled"
+        if grammar is not None and "DEADEND" in grammar.text and len(self.made) == 4:
+            return "nothing can follow"
+        return None
 
     def step(self, eos_after: int) -> Delta:
         """One token more."""
@@ -120,7 +125,9 @@ class Sequence:
         prompt = self.add.prompt
         token = next_token(prompt, self.made, params.seed or 0, self.choice if params.temperature else 0)
         if params.grammar is not None:
-            said = LIBRARY.encode(f"{params.grammar.kind}:{params.grammar.text}", add_special_tokens=False).ids
+            said = LIBRARY.encode(
+                f"{params.grammar.kind}:{params.grammar.text}", add_special_tokens=False
+            ).ids
             token = said[position] if position < len(said) else EOS
         if eos_after and position >= max(eos_after, params.min_tokens) and not params.ignore_eos:
             token = EOS
@@ -260,8 +267,8 @@ class FakeEngine:
         for key, sequence in list(self.sequences.items())[: self.max_batch]:
             if "NANROW" in LIBRARY.decode(sequence.add.prompt) and len(sequence.made) == 3:
                 delta = Delta(*key, [], finish="error", error="NaN in the logits of /secret/path")
-            elif sequence.refused:
-                delta = Delta(*key, [], finish="error", error="it can't be compiled", invalid=True)
+            elif sequence.grammar_error is not None:
+                delta = Delta(*key, [], finish="error", error=sequence.grammar_error, invalid=True)
             else:
                 delta = sequence.step(eos_after)
             self.generated += len(delta.token_ids)

@@ -37,14 +37,16 @@ models:
 class LiveServer:
     """One server; use as a context manager. `call` runs a function on its event loop."""
 
-    def __init__(self, config: Config, mode: str = "", keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: Config, mode: str = "", keys: tuple[str, ...] = (), engine: Path = FAKE_ENGINE
+    ) -> None:
         self.config = config
         self.registry: Registry
         self.listener = listen("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
-        self._command = [sys.executable, str(FAKE_ENGINE), "--mode", mode]
+        self._command = [sys.executable, str(engine), "--mode", mode]
         self._keys = keys
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._loop: asyncio.AbstractEventLoop

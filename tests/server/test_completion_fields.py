@@ -7,22 +7,31 @@ from typing import Any
 
 import pytest
 
+from tokenmill.server.completion_tools import check_tools
 from tokenmill.server.errors import ApiError
 from tokenmill.server.parse import parse_completion
 from tokenmill.server.protocol import CompletionRequest
 
 
 def parse(**fields: Any) -> CompletionRequest:
-    return parse_completion(json.dumps({"prompt": "a", **fields}).encode())
+    return checked(json.dumps({"prompt": "a", **fields}).encode())
+
+
+def checked(body: bytes) -> CompletionRequest:
+    request = parse_completion(body)
+    check_tools(request)
+    return request
 
 
 def refusal(body: bytes) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        parse_completion(body)
+        checked(body)
     assert caught.value.status == 400
     assert set(json.loads(caught.value.body())["error"]) == {"message", "type", "param", "code"}
     return caught.value
 
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 GOOD: dict[str, list[Any]] = {
     "model": ["a/b", "a/b/c"],
@@ -71,7 +80,7 @@ GOOD: dict[str, list[Any]] = {
         {"type": "content", "content": ""},
         {"type": "content", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ],
-    "tools": [[]],
+    "tools": [[], [TOOL]],
     "tool_choice": ["none", "auto"],
     "parallel_tool_calls": [True, False],
     "modalities": [["text"]],
@@ -169,7 +178,7 @@ BAD: dict[str, list[Any]] = {
     "guided_regex": ["", 5, "a" * ((1 << 20) + 1)],
     "guided_choice": [[], "a", [""], [5]],
     "guided_grammar": ["", 5],
-    "tools": [[{"type": "function", "function": {"name": "f"}}], 5],
+    "tools": [5, [5], [{"type": "function"}], [{"type": "x", "function": {"name": "f"}}], [TOOL, TOOL]],
     "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}, 5],
     "parallel_tool_calls": [1],
     "prediction": [
@@ -365,9 +374,7 @@ def test_logprobs_are_decided_on_the_json_type() -> None:
 
 
 def test_codes_of_what_is_not_supported() -> None:
-    for fields, code in (
-        ({"modalities": ["audio"]}, "unsupported_modality"),
-    ):
+    for fields, code in (({"modalities": ["audio"]}, "unsupported_modality"),):
         with pytest.raises(ApiError) as caught:
             parse(**fields)
         assert caught.value.code == code
@@ -385,5 +392,5 @@ def test_schema_documents_every_field() -> None:
     schema = CompletionRequest.model_json_schema()
     for name, field in schema["properties"].items():
         assert field.get("description"), name
-        assert "default" in field or name in ("prompt", "logit_bias", "stop_token_ids"), name
+        assert "default" in field or name == "prompt", name
         assert field.get("examples") or "anyOf" in field, name

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from tokenmill.engine.config import KVCacheConfig
-from tokenmill.server.config import engine_config
+from tokenmill.server.config import TOOL_PARSERS, FimMarkup, engine_config
 from tokenmill.server.config_file import ConfigError, load_config, parse_config
+from tokenmill.server.fim_presets import PRESETS
 from tokenmill.server.plan import make_plan
+from tokenmill.server.tool_forms import FORM_NAMES
 
 FULL = """
 version: 1
@@ -29,10 +31,11 @@ models:
     compile: off
     deterministic: true
     chat_template: null
-    tool_parser: auto
-    fim: auto
-    suffix: tokens
-    speculation: {prediction: true, ngram: false}
+    tools: true
+    tool_parser: hermes
+    fim: {prefix: <a>, suffix: 5, middle: <c>, order: spm2, stop: [<d>, 7], repo: <r>, file: <f>}
+    suffix: rerank
+    speculation: {prediction: false, ngram: true}
     speech: null
     aliases: [c, "d:e"]
     load: lazy
@@ -42,6 +45,12 @@ models:
     deployments:
       cold: {sampling: {temperature: 0}, force: {seed: 1}, timeout_s: 5, aliases: [cold]}
       small: {quantization: int8, limits: {max_n: 1}}
+      other:
+        fim: off
+        suffix: tokens
+        tools: off
+        tool_parser: json
+        speculation: {prediction: true}
   x/y: {source: ./folder}
 """
 
@@ -49,14 +58,16 @@ models:
 def test_everything_that_may_be_said() -> None:
     config = parse_config(FULL)
     plan = make_plan(config)
-    assert list(plan.variants) == ["a/b", "a/b/cold", "a/b/small", "x/y"]
+    assert list(plan.variants) == ["a/b", "a/b/cold", "a/b/small", "a/b/other", "x/y"]
     assert plan.aliases == {"c": "a/b", "d:e": "a/b", "cold": "a/b/cold"}
     assert list(plan.engines) == ["a/b", "a/b/small", "x/y"]
     cold = plan.variants["a/b/cold"]
     assert (cold.engine, cold.root, cold.timeout_s) == ("a/b", "a/b", 5)
     assert (cold.sampling["temperature"], cold.sampling["stop"]) == (0, "x")
     assert cold.force == {"top_k": 3, "seed": 1}
-    assert plan.variants["a/b/small"].limits.max_n == 1
+    limits = plan.variants["a/b/small"].limits
+    assert (limits.max_n, limits.max_stop, limits.max_prompts) == (1, 2, 5)
+    assert plan.variants["a/b/cold"].limits == plan.variants["a/b"].limits
     assert plan.engines["a/b/small"].quantization == "int8"
     engine = plan.engines["a/b"]
     assert (engine.dtype, engine.device, engine.deterministic, engine.compile) == (
@@ -66,8 +77,52 @@ def test_everything_that_may_be_said() -> None:
         False,
     )
     assert engine.kv_cache == KVCacheConfig(memory_share=0.5, gib=1, prefix_cache=False)
+    assert engine.speculation_ngram
     assert plan.engines["x/y"].dtype == "float16"
     assert plan.variants["x/y"].timeout_s == 60
+
+
+def test_how_a_model_is_asked_may_differ_by_deployment() -> None:
+    variants = make_plan(parse_config(FULL)).variants
+
+    def told(name: str) -> tuple[object, ...]:
+        variant = variants[name]
+        return (variant.fim, variant.suffix, variant.tools, variant.tool_parser, variant.predicts)
+
+    markup = FimMarkup(
+        prefix="<a>", suffix=5, middle="<c>", order="spm2", stop=("<d>", 7), repo="<r>", file="<f>"
+    )
+    assert told("a/b") == told("a/b/cold") == (markup, "rerank", True, "hermes", False)
+    assert told("a/b/other") == (False, "tokens", False, "json", True)
+    assert told("x/y") == ("auto", "tokens", True, "auto", True)
+    assert variants["a/b/other"].engine == "a/b"
+
+
+def test_chat_template_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages }}é", encoding="utf-8")
+    (tmp_path / "other.jinja").write_text("other")
+    own, other = tmp_path / "own.jinja", tmp_path / "other.jinja"
+    deployments = f"{{c: {{chat_template: {other}}}, d: {{}}}}"
+    text = f"models: {{a/b: {{source: x, chat_template: {own}, deployments: {deployments}}}}}"
+    variants = make_plan(parse_config(text)).variants
+    assert [variants[name].chat_template for name in ("a/b", "a/b/c", "a/b/d")] == [
+        "{{ messages }}é",
+        "other",
+        "{{ messages }}é",
+    ]
+    own.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="chat_template can't be read"):
+        parse_config(text)
+
+
+@pytest.mark.parametrize("name", ["auto", *PRESETS])
+def test_every_preset_may_be_named(name: str) -> None:
+    config = parse_config(f"models: {{a/b: {{source: x, fim: {name}}}}}")
+    assert make_plan(config).variants["a/b"].fim == name
+
+
+def test_tool_parsers_are_those_that_there_are() -> None:
+    assert TOOL_PARSERS == FORM_NAMES
 
 
 def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
@@ -130,7 +185,33 @@ def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
         ("models:\n  a/b: {source: x, deployments: {c: {dtype: auto}}}\n", "2:38", "no key 'dtype'"),
         ("models:\n  a/b: {source: x, tensor_parallel: 2}\n", "2:37", "tensor_parallel"),
         ("models:\n  a/b: {source: x, speech: y/z}\n", "2:28", "speech"),
-        ("models:\n  a/b: {source: x, fim: {prefix: a}}\n", "2:25", "fim"),
+        ("models:\n  a/b: {source: x, fim: {prefix: a}}\n", "2:25", "needs the key 'suffix'"),
+        (
+            "models:\n  a/b: {source: x, fim: {prefix: a, suffix: b, midle: c}}\n",
+            "2:48",
+            "did you mean 'middle'?",
+        ),
+        ("models:\n  a/b: {source: x, fim: {prefix: a, suffix: b}}\n", "2:25", "needs a middle token"),
+        ("models:\n  a/b: {source: x, fim: {prefix: a, suffix: b, order: mps}}\n", "2:55", "order"),
+        ("models:\n  a/b: {source: x, fim: {prefix: '', suffix: b}}\n", "2:34", "prefix"),
+        ("models:\n  a/b: {source: x, fim: starcodr}\n", "2:25", "starcoder"),
+        ("models:\n  a/b: {source: x, fim: on}\n", "2:25", "say auto"),
+        ("models:\n  a/b: {source: x, fim: 5}\n", "2:25", "fim"),
+        ("models:\n  a/b: {source: x, suffix: both}\n", "2:28", "suffix"),
+        ("models:\n  a/b: {source: x, tools: maybe}\n", "2:27", "tools"),
+        ("models:\n  a/b: {source: x, tool_parser: hermse}\n", "2:33", "hermes"),
+        (
+            "models:\n  a/b: {source: x, chat_template: /no/such/file}\n",
+            "2:35",
+            "chat_template can't be read",
+        ),
+        ("models:\n  a/b: {source: x, deployments: {c: {fim: starcodr}}}\n", "2:43", "starcoder"),
+        (
+            "models:\n  a/b: {source: x, deployments: {c: {speculation: {ngram: true}}}}\n",
+            "2:52",
+            "no key 'ngram'",
+        ),
+        ("models:\n  a/b: {source: x, deployments: {c: {limits: {max_stop: 99}}}}\n", "2:57", "<= 64"),
         ("server: {port: 70000}\nmodels: {a/b: {source: x}}\n", "1:16", "port"),
         ("server: {max_queue: -1}\nmodels: {a/b: {source: x}}\n", "1:21", "max_queue"),
         ("models: &a\n  a/b: *a\n", "1:9", "contains itself"),

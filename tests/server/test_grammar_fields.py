@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from live_server import LiveServer, events
+from live_server import LiveServer, events, eventually
 
 from tokenmill.server.parse import parse_completion
 
@@ -59,14 +59,24 @@ def test_grammar_that_can_not_be_compiled_is_named(server: LiveServer, field: st
         "param": field,
         "code": None,
     }
-    assert server.is_idle()
+    eventually(server.is_idle)
 
 
 def test_refusal_after_the_stream_has_begun_is_an_event(server: LiveServer) -> None:
-    """Another prompt of the same request may have been answered in part."""
-    response = server.complete(prompt="NANROW", max_tokens=9, stream=True, guided_choice=["abcdef"])
-    *_, last = events(response)
-    assert json.loads(last)["error"]["status_code"] == 500
+    response = server.complete(prompt="a", max_tokens=9, stream=True, guided_regex="DEADEND")
+    assert response.status_code == 200
+    *chunks, last = [json.loads(event) for event in events(response)]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "rege"
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+    error = last["error"]
+    assert (error["status_code"], error["param"], error["type"]) == (
+        400,
+        "guided_regex",
+        "invalid_request_error",
+    )
+    assert "nothing can follow" in error["message"]
+    whole = server.complete(prompt="a", max_tokens=9, guided_regex="DEADEND")
+    assert (whole.status_code, whole.json()["error"]["param"]) == (400, "guided_regex")
 
 
 def test_schema_text_that_is_nested_without_end() -> None:

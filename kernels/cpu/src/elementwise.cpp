@@ -1,5 +1,6 @@
 // The passes between matrix products: norms, rotary embedding with the KV store, gated activations, embedding.
 #include "api.h"
+#include "rope.h"
 #include "threads.h"
 #include "vmath.h"
 
@@ -71,32 +72,6 @@ void layer_norm_rows(const T* x, const T* weight, const T* bias, T* normed, int6
     }
   });
 }
-
-struct Rope {
-  const void* qkv;           // [tokens, (heads + kv_heads) * size + kv_heads * value_size]
-  const float* cos;          // [any, half]
-  const float* sin;
-  const int64_t* positions;  // rows of cos and sin, or null: row t for token t
-  const int64_t* slots;      // negative: nothing is stored
-  void* k_cache;
-  void* v_cache;
-  void* query;               // [tokens, heads, size]
-  const void* q_norm;        // [size] or null
-  const void* k_norm;
-  int64_t tokens;
-  int64_t heads;
-  int64_t kv_heads;
-  int64_t size;
-  int64_t value_size;
-  int64_t half;              // pairs that turn
-  int64_t block_size;
-  float eps;
-  float offset;
-  int32_t interleaved;
-  int32_t type;
-
-  int64_t width() const { return (heads + kv_heads) * size + kv_heads * value_size; }
-};
 
 void rotate_halves(float* x, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += kLanes) {

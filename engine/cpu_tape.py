@@ -1,0 +1,187 @@
+"""The fused decoder on a CPU as one call a step: a tape, recorded by running the decoder once on stand-ins.
+
+    Decoder(stand-ins) ──▶ kernels given a stand-in record instead of computing ──▶ Tape (kernels/cpu/tape.py)
+
+So decoder.py stays the one place that says what a decoder does, and a step costs one call into C++ instead of
+some eight a layer. What can't be recorded (a mixture of experts, norms over all heads) makes `record` return
+None, and the decoder runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tokenmill.engine.attention import AttentionMetadata
+from tokenmill.engine.decoder import Decoder
+from tokenmill.engine.kernel_set import CpuKernels, Lookup, Product, join, join_biases
+from tokenmill.kernels.cpu import elementwise, linear, tape
+
+
+class CantBeRecorded(TypeError):
+    """The decoder did something with a stand-in that no tape can repeat."""
+
+
+class Traced:
+    """Stands for a tensor [rows, width] while the decoder is recorded.
+
+    After the head the decoder may still scale and bend the logits in place: that is kept as Python to run after
+    the tape (`after`), on the few rows that there are.
+    """
+
+    def __init__(self, recorder: tape.Tape, value: tape.Value) -> None:
+        self.tape = recorder
+        self.value = value
+        self.after: list[Callable[[Tensor], Tensor]] = []
+
+    def on(self, value: tape.Value) -> Traced:
+        return Traced(self.tape, value)
+
+    def flatten(self, _: int) -> Traced:
+        return self
+
+    def __getitem__(self, index: object) -> Traced:
+        if index is not LOGITS_INDEX:
+            raise CantBeRecorded(f"rows {index!r}")
+        return self.on(self.tape.pick(self.value))
+
+    def __mul__(self, scale: object) -> Traced:
+        if not isinstance(scale, float):
+            raise CantBeRecorded("a product of values")
+        return self.on(self.tape.scale_add(self.value, scale))
+
+    def __add__(self, other: object) -> Traced:
+        if not isinstance(other, Traced):
+            raise CantBeRecorded("a sum with a tensor")
+        return self.on(self.tape.scale_add(other.value, 1.0, self.value))
+
+    def mul_(self, scale: float) -> Traced:
+        self.after.append(lambda logits: logits.mul_(scale))
+        return self
+
+    def div_(self, divisor: float) -> Traced:
+        self.after.append(lambda logits: logits.div_(divisor))
+        return self
+
+    def tanh_(self) -> Traced:
+        self.after.append(lambda logits: logits.tanh_())
+        return self
+
+
+LOGITS_INDEX = object()
+EVERY_POSITION = slice(None)
+"""Indexes the rotary tables while recording: the tape reads them at the step's own positions."""
+
+
+class TracingKernels(CpuKernels):
+    """CpuKernels that record when they are given a stand-in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("rms_norm", "layer_norm", "activate", "rope_store"):
+            vars(self).pop(name, None)
+
+    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+        return _TracedProduct(linear.PackedLinear(join(weights), join_biases(weights, biases), gate))
+
+    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
+        packed = head.packed if isinstance(head, _TracedProduct) else None
+
+        def look_up(ids: Any) -> Any:
+            if isinstance(ids, tape.Tape):
+                return Traced(ids, ids.gather(weight) if packed is None else ids.rows(packed))
+            return weight[ids] if packed is None else packed.rows(ids, weight.dtype)
+
+        return look_up
+
+    @staticmethod
+    def rms_norm(x: Any, weight: Tensor, eps: float, offset: float = 0.0) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.rms_norm(x.value, weight, eps, offset))
+        return elementwise.rms_norm(x, weight, eps, offset)
+
+    @staticmethod
+    def layer_norm(x: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.layer_norm(x.value, weight, bias, eps))
+        return elementwise.layer_norm(x, weight, bias, eps)
+
+    @staticmethod
+    def activate(x: Any, activation: str) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.activate(x.value, activation))
+        return elementwise.activate(x, activation)
+
+    @staticmethod
+    def rope_store(
+        qkv: Any,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        slots: Any,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        **options: Any,
+    ) -> Any:
+        if isinstance(qkv, Traced):
+            return qkv.on(qkv.tape.rope_store(qkv.value, cos, sin, k_cache, v_cache, **options))
+        return elementwise.rope_store(qkv, cos, sin, slots, k_cache, v_cache, **options)
+
+
+class _TracedProduct:
+    """A packed product that can be recorded."""
+
+    def __init__(self, packed: linear.PackedLinear) -> None:
+        self.packed = packed
+
+    def __call__(self, x: Any, residual: Any = None, out: Tensor | None = None) -> Any:
+        if isinstance(x, Traced):
+            added = residual.value if isinstance(residual, Traced) else None
+            return x.on(x.tape.linear(self.packed, x.value, added))
+        return self.packed(x, residual, out)
+
+
+class TapedDecoder:
+    """A recorded decoder; called as the decoder is."""
+
+    def __init__(self, recorded: tape.Tape, after: list[Callable[[Tensor], Tensor]]) -> None:
+        self._tape = recorded
+        self._after = after
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        logits_index: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [N, V] of tokens [T] at `positions` [T], at rows `logits_index` [N] or all."""
+        if logits_index is None:
+            logits_index = torch.arange(len(input_ids))
+        lengths = (metadata.block_table, metadata.seq_lens, metadata.query_start)
+        logits = self._tape.run(input_ids, positions, metadata.slots, *lengths, logits_index)
+        for change in self._after:
+            logits = change(logits)
+        return logits if out is None else out.copy_(logits)
+
+
+def record(
+    decoder: Decoder, caches: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> TapedDecoder | None:
+    """The decoder as a tape over these caches; None where it does what no tape can."""
+    recorder = tape.Tape(dtype)
+
+    def look_up(layer: int, query: Traced, **options: Any) -> Traced:
+        return query.on(recorder.attend(query.value, *caches[layer], **options))
+
+    metadata = SimpleNamespace(caches=caches, slots=None, look_up=look_up)
+    try:
+        logits = cast(Any, decoder)(recorder, EVERY_POSITION, metadata, LOGITS_INDEX)
+        recorder.seal(logits.value)
+    except (CantBeRecorded, TypeError, AttributeError, ValueError):
+        return None
+    return TapedDecoder(recorder, logits.after)

@@ -1,0 +1,151 @@
+// A whole step's kernels in one call: the list of operations is made once, the step brings sizes and addresses.
+//
+//   tape   op op op op …          made at load: what to run, on which weights, from which buffer into which
+//   step   tokens, tables, buffers   this step's
+//
+// It runs the very functions that are called one by one otherwise, so the results are the same bits.
+#include "api.h"
+#include "attention.h"
+#include "packed.h"
+#include "rope.h"
+#include "threads.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr int kBuffers = 8;
+
+enum Kind : int32_t {
+  kRows,       // output = rows `ids` of a packed weight
+  kGather,     // output = rows `ids` of a plain table
+  kPick,       // output = rows `logits_index` of input
+  kLinear,     // output = input W^T (+ residual)
+  kRmsNorm,
+  kLayerNorm,
+  kRopeStore,  // output = queries; keys and values go to the cache
+  kAttend,
+  kActivate,   // output = act(input), element by element
+  kScaleAdd,   // output = scale * input (+ residual)
+};
+
+// tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, or a weight.
+struct Op {
+  int32_t kind;
+  int32_t input;     // buffers by number; -1: none
+  int32_t residual;
+  int32_t output;
+  int32_t picked;    // runs on the picked rows, not on all tokens
+  int32_t activation;
+  float eps;
+  float factor;      // kRmsNorm: what is added to the weight; kScaleAdd: the scale
+  int64_t size;      // elements of a row
+  const void* job;
+  const void* bias;
+};
+
+struct Step {
+  int64_t tokens;
+  int64_t sequences;
+  int64_t table_width;
+  int64_t picked;
+  const int64_t* ids;
+  const int64_t* positions;
+  const int64_t* slots;
+  const int64_t* logits_index;
+  const int32_t* block_table;
+  const int32_t* seq_lens;
+  const int32_t* query_start;
+  void* buffers[kBuffers];
+  int32_t type;
+};
+
+template <class T>
+void scale_add(const T* x, const T* residual, T* out, int64_t count, float scale) {
+  parallel_ranges(count, 16384, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += kLanes) {
+      F value = load_up_to(x + i, last - i) * splat(scale);
+      if (residual) value = value + load_up_to(residual + i, last - i);
+      store_up_to(out + i, value, last - i);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill
+
+TM_API void tm_rows(const tokenmill::Packed*, const int64_t*, int64_t, void*, int);
+TM_API void tm_gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
+TM_API void tm_linear(const tokenmill::Packed*, const void*, int, int64_t, const void*, void*, int);
+TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int64_t, int64_t, float, float, int);
+TM_API void tm_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, float, int);
+TM_API void tm_rope_store(const tokenmill::Rope*);
+TM_API void tm_attention(const tokenmill::Attention*);
+TM_API void tm_activate(const void*, void*, int64_t, int, int);
+
+namespace tokenmill {
+namespace {
+
+void rope(const Op& op, const Step& step, const void* in, void* out) {
+  Rope job = *static_cast<const Rope*>(op.job);
+  job.qkv = in;
+  job.query = out;
+  job.positions = step.positions;
+  job.slots = step.slots;
+  job.tokens = step.tokens;
+  tm_rope_store(&job);
+}
+
+void attend(const Op& op, const Step& step, const void* in, void* out) {
+  Attention job = *static_cast<const Attention*>(op.job);
+  job.query = in;
+  job.out = out;
+  job.block_table = step.block_table;
+  job.seq_lens = step.seq_lens;
+  job.query_start = step.query_start;
+  job.sequences = step.sequences;
+  job.table_width = step.table_width;
+  tm_attention(&job);
+}
+
+void run(const Op& op, const Step& step) {
+  const int64_t rows = op.picked ? step.picked : step.tokens;
+  const int element = step.type == kTypeBf16 ? 2 : 4;
+  const void* in = op.input < 0 ? nullptr : step.buffers[op.input];
+  const void* residual = op.residual < 0 ? nullptr : step.buffers[op.residual];
+  void* out = step.buffers[op.output];
+  switch (op.kind) {
+    case kRows:
+      return tm_rows(static_cast<const Packed*>(op.job), step.ids, rows, out, step.type);
+    case kGather:
+      return tm_gather_rows(static_cast<const char*>(op.job), step.ids, static_cast<char*>(out), rows, op.size * element);
+    case kPick:
+      return tm_gather_rows(static_cast<const char*>(in), step.logits_index, static_cast<char*>(out), rows,
+                            op.size * element);
+    case kLinear:
+      return tm_linear(static_cast<const Packed*>(op.job), in, step.type, rows, residual, out, step.type);
+    case kRmsNorm:
+      return tm_rms_norm(in, nullptr, op.job, nullptr, out, rows, op.size, op.eps, op.factor, step.type);
+    case kLayerNorm:
+      return tm_layer_norm(in, op.job, op.bias, out, rows, op.size, op.eps, step.type);
+    case kRopeStore:
+      return rope(op, step, in, out);
+    case kAttend:
+      return attend(op, step, in, out);
+    case kActivate:
+      return tm_activate(in, out, rows * op.size, op.activation, step.type);
+    case kScaleAdd:
+      return with_type(step.type, [&](auto t) {
+        using T = decltype(t);
+        scale_add(static_cast<const T*>(in), static_cast<const T*>(residual), static_cast<T*>(out), rows * op.size,
+                  op.factor);
+      });
+  }
+}
+
+}  // namespace
+}  // namespace tokenmill
+
+// Runs a step's operations in order.
+TM_API void tm_run_tape(const tokenmill::Op* ops, int64_t count, const tokenmill::Step* step) {
+  for (int64_t i = 0; i < count; ++i) tokenmill::run(ops[i], *step);
+}

@@ -1,0 +1,346 @@
+"""A step's kernels as one call: recorded once, run with each step's sizes and tables.
+
+    tape = Tape(torch.bfloat16)
+    x = tape.rows(head)                      values have a number and a width; memory is assigned by `seal`
+    x = tape.linear(down, x, residual=x)
+    tape.seal(x)
+    logits = tape.run(ids, positions, slots, block_table, seq_lens, query_start, logits_index)
+
+What runs are the functions of elementwise.py, linear.py and attention.py, in the order in which they were
+recorded, so the results are the same bits as theirs. What is saved is Python between them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
+from tokenmill.kernels.cpu.linear import PackedLinear
+
+MAX_BUFFERS = 8
+ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD = range(10)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an operation brings: [tokens, width], or [picked rows, width] after `pick`."""
+
+    number: int
+    width: int
+    picked: bool
+
+
+class OpStruct(ctypes.Structure):
+    """`Op` of src/tape.cpp."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("input", c_int32),
+        ("residual", c_int32),
+        ("output", c_int32),
+        ("picked", c_int32),
+        ("activation", c_int32),
+        ("eps", c_float),
+        ("factor", c_float),
+        ("size", c_int64),
+        ("job", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class StepStruct(ctypes.Structure):
+    """`Step` of src/tape.cpp."""
+
+    _fields_ = (
+        ("tokens", c_int64),
+        ("sequences", c_int64),
+        ("table_width", c_int64),
+        ("picked", c_int64),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("logits_index", c_void_p),
+        ("block_table", c_void_p),
+        ("seq_lens", c_void_p),
+        ("query_start", c_void_p),
+        ("buffers", c_void_p * MAX_BUFFERS),
+        ("type", c_int32),
+    )
+
+
+class RopeStruct(ctypes.Structure):
+    """`Rope` of src/rope.h; what a step brings is left empty."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "cos", "sin", "positions", "slots", "k_cache", "v_cache", "query")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
+        *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "size", "value_size", "half", "block_size")),
+        ("eps", c_float),
+        ("offset", c_float),
+        ("interleaved", c_int32),
+        ("type", c_int32),
+    )
+
+
+class AttentionStruct(ctypes.Structure):
+    """`Attention` of src/attention.h; what a step brings is left empty."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "k_cache", "v_cache", "out", "block_table", "seq_lens")),
+        *((name, c_void_p) for name in ("query_start", "sinks")),
+        *((name, c_int64) for name in ("sequences", "table_width", "heads", "kv_heads", "block_size")),
+        *((name, c_int64) for name in ("key_size", "value_size", "window")),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("type", c_int32),
+    )
+
+
+class Tape:
+    """Operations on values of one element type, bfloat16 or float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._type = TYPES[dtype]
+        self._values: list[Value] = []
+        self._ops: list[OpStruct] = []
+        self._held: list[object] = []
+        """Tensors and structures that operations point to."""
+        self._result: Value | None = None
+        self._sealed: ctypes.Array[OpStruct] | None = None
+        self._widths: list[int] = []
+        self._memory: list[Tensor] = []
+
+    # ---------------------------------------------------------------- recording
+
+    def rows(self, packed: PackedLinear) -> Value:
+        """The step's ids looked up in a packed weight (a tied embedding)."""
+        return self._record(ROWS, packed.in_features, job=packed.address, held=packed)
+
+    def gather(self, table: Tensor) -> Value:
+        """The step's ids looked up in a plain table [V, width]."""
+        check(table, "table", tuple(table.shape), self.dtype)
+        return self._record(GATHER, table.shape[1], job=table.data_ptr(), held=table)
+
+    def pick(self, x: Value) -> Value:
+        """Rows `logits_index` of x."""
+        return self._record(PICK, x.width, x, picked=True)
+
+    def linear(self, packed: PackedLinear, x: Value, residual: Value | None = None) -> Value:
+        """As PackedLinear's call."""
+        if packed.in_features != x.width:
+            raise ValueError(f"a product over {packed.in_features} inputs can't take rows of {x.width}")
+        return self._record(LINEAR, packed.out_features, x, residual, job=packed.address, held=packed)
+
+    def rms_norm(self, x: Value, weight: Tensor, eps: float, offset: float = 0.0) -> Value:
+        check(weight, "weight", (x.width,), self.dtype)
+        return self._record(RMS_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, factor=offset)
+
+    def layer_norm(self, x: Value, weight: Tensor, bias: Tensor | None, eps: float) -> Value:
+        check(weight, "weight", (x.width,), self.dtype)
+        if bias is not None:
+            check(bias, "bias", (x.width,), self.dtype)
+            self._held.append(bias)
+        address = None if bias is None else bias.data_ptr()
+        return self._record(
+            LAYER_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, bias=address
+        )
+
+    def activate(self, x: Value, activation: str) -> Value:
+        return self._record(ACTIVATE, x.width, x, activation=ACTIVATIONS[activation])
+
+    def scale_add(self, x: Value, scale: float, residual: Value | None = None) -> Value:
+        """scale * x (+ residual)."""
+        return self._record(SCALE_ADD, x.width, x, residual, factor=scale)
+
+    def rope_store(
+        self,
+        qkv: Value,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        heads: int,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        norm_offset: float = 0.0,
+        interleaved: bool = False,
+    ) -> Value:
+        """As elementwise.rope_store, the tables read at the step's positions: queries [tokens, heads * D]."""
+        _, kv_heads, block_size, size = k_cache.shape
+        value_size = v_cache.shape[3]
+        if qkv.width != (heads + kv_heads) * size + kv_heads * value_size:
+            raise ValueError(f"rows of {qkv.width} don't hold {heads} queries and {kv_heads} keys and values")
+        job = RopeStruct(
+            cos=_address(cos),
+            sin=_address(sin),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            q_norm=_address(q_weight),
+            k_norm=_address(k_weight),
+            heads=heads,
+            kv_heads=kv_heads,
+            size=size,
+            value_size=value_size,
+            half=0 if cos is None else cos.shape[1],
+            block_size=block_size,
+            eps=eps,
+            offset=norm_offset,
+            interleaved=interleaved,
+            type=self._type,
+        )
+        self._held += [cos, sin, k_cache, v_cache, q_weight, k_weight]
+        return self._record(ROPE_STORE, heads * size, qkv, job=ctypes.addressof(job), held=job)
+
+    def attend(
+        self,
+        query: Value,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Value:
+        """As attention.paged_attention: [tokens, heads * E]."""
+        _, kv_heads, block_size, key_size = k_cache.shape
+        heads, value_size = query.width // key_size, v_cache.shape[3]
+        wide = None if sinks is None else sinks.float().contiguous()
+        job = AttentionStruct(
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            sinks=_address(wide),
+            heads=heads,
+            kv_heads=kv_heads,
+            block_size=block_size,
+            key_size=key_size,
+            value_size=value_size,
+            window=max(window, 0),
+            scale=scale,
+            softcap=softcap,
+            type=self._type,
+        )
+        self._held += [k_cache, v_cache, wide]
+        return self._record(ATTEND, heads * value_size, query, job=ctypes.addressof(job), held=job)
+
+    def _record(
+        self,
+        kind: int,
+        width: int,
+        x: Value | None = None,
+        residual: Value | None = None,
+        *,
+        picked: bool = False,
+        activation: int = 0,
+        eps: float = 0.0,
+        factor: float = 0.0,
+        job: int | None = None,
+        bias: int | None = None,
+        held: object = None,
+    ) -> Value:
+        if self._sealed is not None:
+            raise ValueError("the tape is sealed")
+        if residual is not None and (residual.width != width or x is None or residual.picked != x.picked):
+            raise ValueError("a residual must have the result's shape")
+        value = Value(len(self._values), width, picked or (x is not None and x.picked))
+        numbers = [-1 if other is None else other.number for other in (x, residual)]
+        op = OpStruct(kind, *numbers, value.number, value.picked, activation, eps, factor, width, job, bias)
+        self._values.append(value)
+        self._ops.append(op)
+        self._held.append(held)
+        return value
+
+    # ---------------------------------------------------------------- memory
+
+    def seal(self, result: Value) -> None:
+        """End the recording; `result`, the last value, is what `run` returns.
+
+        Values that never live together share a buffer; the result has one of its own, given anew by each `run`.
+        """
+        if result.number != len(self._ops) - 1:
+            raise ValueError("the result must be what the last operation brings")
+        self._result = result
+        last_use = {result.number: len(self._ops)}
+        for place, op in reversed(list(enumerate(self._ops))):
+            for number in (op.input, op.residual):
+                if number >= 0:
+                    last_use.setdefault(number, place)
+        buffer_of: dict[int, int] = {}
+        free: list[int] = []
+        for place, op in enumerate(self._ops):
+            # An operation never writes where it reads: only what was used up before it is free.
+            value = self._values[op.output]
+            own = not free or value is self._values[-1]
+            buffer = len(self._widths) if own else free.pop()
+            if buffer == len(self._widths):
+                self._widths.append(0)
+            self._widths[buffer] = max(self._widths[buffer], value.width)
+            buffer_of[op.output] = buffer
+            ended = {n for n in (op.input, op.residual) if n >= 0 and last_use.get(n) == place}
+            free += [buffer_of[number] for number in ended]
+        if len(self._widths) > MAX_BUFFERS:
+            raise ValueError(f"the tape needs {len(self._widths)} buffers, {MAX_BUFFERS} are to be had")
+        for op in self._ops:
+            op.input, op.residual = (buffer_of.get(n, -1) for n in (op.input, op.residual))
+            op.output = buffer_of[op.output]
+        self._sealed = (OpStruct * len(self._ops))(*self._ops)
+
+    def _buffers(self, tokens: int) -> list[Tensor]:
+        if not self._memory or self._memory[0].shape[0] < tokens:
+            self._memory = [torch.empty(tokens, width, dtype=self.dtype) for width in self._widths]
+        return self._memory
+
+    def run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        logits_index: Tensor,
+    ) -> Tensor:
+        """One step: `ids`, `positions`, `slots` [T] int64, `block_table` [R, P], `seq_lens` [R], `query_start`
+        [R + 1] int32, `logits_index` [N] int64. Returns the sealed value's rows, a tensor of its own."""
+        if self._sealed is None or self._result is None:
+            raise ValueError("the tape isn't sealed")
+        tokens, sequences, picked = ids.shape[0], seq_lens.shape[0], logits_index.shape[0]
+        for name, tensor in (("ids", ids), ("positions", positions), ("slots", slots)):
+            check(tensor, name, (tokens,), torch.int64)
+        check(logits_index, "logits_index", (picked,), torch.int64)
+        check(block_table, "block_table", (sequences, block_table.shape[1]), torch.int32)
+        check(seq_lens, "seq_lens", (sequences,), torch.int32)
+        check(query_start, "query_start", (sequences + 1,), torch.int32)
+        rows = picked if self._result.picked else tokens
+        result = torch.empty(rows, self._result.width, dtype=self.dtype)
+        step = StepStruct(
+            tokens=tokens,
+            sequences=sequences,
+            table_width=block_table.shape[1],
+            picked=picked,
+            ids=ids.data_ptr(),
+            positions=positions.data_ptr(),
+            slots=slots.data_ptr(),
+            logits_index=logits_index.data_ptr(),
+            block_table=block_table.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            query_start=query_start.data_ptr(),
+            type=self._type,
+        )
+        for number, memory in enumerate(self._buffers(max(tokens, picked))):
+            step.buffers[number] = memory.data_ptr()
+        step.buffers[self._sealed[-1].output] = result.data_ptr()
+        required().tm_run_tape(self._sealed, len(self._sealed), ctypes.byref(step))
+        return result
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

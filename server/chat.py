@@ -1,0 +1,58 @@
+"""`POST /v1/chat/completions`: the prompt from the messages, the message from the text."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.admission import Job, make_job
+from tokenmill.server.body import read_body
+from tokenmill.server.chat_answer import ChatAnswer
+from tokenmill.server.chat_parse import ChatInput, parse_chat
+from tokenmill.server.chat_prompt import ChatPrompt, chat_prompt
+from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Exchange, Writer
+from tokenmill.server.context import RequestContext
+from tokenmill.server.generation import Generation
+from tokenmill.server.model import Engine, Model
+from tokenmill.server.plan import Variant
+from tokenmill.server.protocol import CompletionRequest
+
+
+class ChatEndpoint(CompletionEndpoint):
+    """The handler of the chat route."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
+        context: RequestContext = scope["state"]["context"]
+        context.name = "chat" + context.name
+        body = await read_body(scope, receive, self._options.max_body)
+        chat = parse_chat(body, self._options.warn_unknown)
+        await self.respond(chat.completion, context, receive, send, partial(ChatExchange, chat))
+
+
+class ChatExchange(Exchange):
+    """One chat request to one model, and its answer."""
+
+    def __init__(
+        self,
+        chat: ChatInput,
+        options: EndpointOptions,
+        request: CompletionRequest,
+        variant: Variant,
+        model: Model,
+        context: RequestContext,
+    ) -> None:
+        super().__init__(options, request, variant, model, context)
+        self._chat = chat
+        self._prompt: ChatPrompt
+
+    async def _job(self, engine: Engine, salt: str) -> Job:
+        self._prompt = await chat_prompt(self._chat, self._variant, engine)
+        request = self._request.model_copy(update={"prompt": [self._prompt.ids]})
+        headers = self._context.headers
+        job = await make_job(request, self._variant, engine, headers, salt, default_max_tokens=None)
+        return self._prompt.adapt(job, engine.tokenizer)
+
+    def _answer(self, generation: Generation) -> Writer:
+        return ChatAnswer(generation, self._prompt, self._request, self._request.model or self._variant.name)

@@ -1,0 +1,180 @@
+"""Completions with `tools`: the prompt becomes a chat message of the user, calls stand beside the text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.admission import Job, make_job
+from tokenmill.server.answer import DONE
+from tokenmill.server.body import read_body
+from tokenmill.server.chat_parse import template_variables
+from tokenmill.server.chat_prompt import ChatPrompt, completion_as_chat
+from tokenmill.server.chat_text import ChatText
+from tokenmill.server.completions import CompletionEndpoint, Exchange, Writer
+from tokenmill.server.context import RequestContext
+from tokenmill.server.errors import bad_request
+from tokenmill.server.generation import Choice, Generation
+from tokenmill.server.logprobs import ScoredTokens, chat_content
+from tokenmill.server.model import Engine
+from tokenmill.server.parse import parse_completion
+from tokenmill.server.protocol import CompletionRequest
+from tokenmill.server.tool_protocol import read_tools
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ToolCompletionEndpoint(CompletionEndpoint):
+    """The handler of a completions route, with tools or without."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
+        context: RequestContext = scope["state"]["context"]
+        body = await read_body(scope, receive, self._options.max_body)
+        request = parse_completion(body, self._options.warn_unknown)
+        check_tools(request)
+        await self.respond(request, context, receive, send, ToolExchange if request.tools else Exchange)
+
+
+def check_tools(request: CompletionRequest) -> None:
+    """The tools themselves, and what can't go with them. Raises `ApiError` 400."""
+    read_tools(request)
+    variables = template_variables(request)
+    if not request.tools:
+        if variables:
+            param = "chat_template_kwargs" if request.chat_template_kwargs else "reasoning_effort"
+            raise bad_request(f"{param}: without tools a completion's prompt goes through no template", param)
+        return
+    legacy = request.logprobs is not False and not request.chat_logprobs
+    for param, given, why in (
+        ("suffix", bool(request.suffix), "the prompt becomes a chat message"),
+        ("echo", request.echo, "the prompt becomes a chat message"),
+        ("prompt_logprobs", request.prompt_logprobs is not None, "the prompt becomes a chat message"),
+        ("logprobs", legacy, "the arrays can't point into a text without its calls; say true"),
+    ):
+        if given:
+            raise bad_request(f"{param} doesn't go with tools: {why}", param)
+
+
+class ToolExchange(Exchange):
+    """One completion request that brings tools."""
+
+    async def _job(self, engine: Engine, salt: str) -> Job:
+        self._prompts = await completion_as_chat(self._request, self._variant, engine)
+        request = self._request.model_copy(update={"prompt": [prompt.ids for prompt in self._prompts]})
+        job = await make_job(request, self._variant, engine, self._context.headers, salt)
+        return self._prompts[0].adapt(job, engine.tokenizer)
+
+    def _answer(self, generation: Generation) -> Writer:
+        model = self._request.model or self._variant.name
+        return ToolAnswer(generation, self._prompts, self._request, model)
+
+
+class ToolAnswer:
+    """Writes the choices: `text` and `tool_calls`, and the thoughts of a model that thinks between tags."""
+
+    def __init__(
+        self, generation: Generation, prompts: list[ChatPrompt], request: CompletionRequest, model: str
+    ) -> None:
+        self._generation = generation
+        self._prompts = dict(zip(generation.runs, prompts, strict=True))
+        self._request = request
+        self._head = {
+            "id": generation.name,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": generation.engine.ready.fingerprint,
+        }
+        options = request.stream_options
+        self._usage_at_end = options is not None and options.include_usage
+        self._usage_always = options is not None and options.continuous_usage_stats
+        self._texts: dict[Choice, ChatText] = {}
+        self._sent: dict[Choice, int] = {}
+        """How many tokens of a choice went out."""
+
+    def whole(self) -> bytes:
+        """The JSON of a finished generation."""
+        choices = [self._whole_choice(choice) for choice in self._generation.returned()]
+        return _encode({**self._head, "choices": choices, "usage": self._usage()})
+
+    def _whole_choice(self, choice: Choice) -> dict[str, object]:
+        text = self._text(choice)
+        text.feed(choice.take_text())
+        text.finish()
+        message = text.message()
+        row = {"index": choice.index, "text": message["content"] or ""}
+        row |= {key: message[key] for key in ("reasoning_content", "tool_calls") if key in message}
+        return {**row, **self._extras(choice), "finish_reason": text.finish_reason(choice.finish_reason)}
+
+    def chunks(self, choices: Iterable[Choice]) -> bytes:
+        """Server-sent events with the news of these choices."""
+        return b"".join([self._event(row) for choice in choices for row in self._news(choice)])
+
+    def _news(self, choice: Choice) -> list[dict[str, object]]:
+        text = self._text(choice)
+        deltas: list[dict[str, Any]] = text.feed(choice.take_text())
+        if choice.finish_reason is not None:
+            deltas += text.finish()
+        rows = []
+        for delta in deltas:
+            row = {"index": choice.index, "text": delta.pop("content", "")}
+            rows.append({**row, **delta, **self._extras(choice), "finish_reason": None})
+        if choice.finish_reason is not None:
+            finish = text.finish_reason(choice.finish_reason)
+            rows.append({"index": choice.index, "text": "", **self._extras(choice), "finish_reason": finish})
+        return rows
+
+    def _event(self, row: dict[str, object]) -> bytes:
+        chunk: dict[str, object] = {**self._head, "choices": [row]}
+        if self._usage_always:
+            chunk["usage"] = self._usage()
+        elif self._usage_at_end:
+            chunk["usage"] = None
+        return b"data: " + _encode(chunk) + b"\n\n"
+
+    def end(self, with_done: bool) -> bytes:
+        """The last events of a stream."""
+        usage = b""
+        if self._usage_at_end:
+            usage = b"data: " + _encode({**self._head, "choices": [], "usage": self._usage()}) + b"\n\n"
+        return usage + (DONE if with_done else b"")
+
+    def _text(self, choice: Choice) -> ChatText:
+        text = self._texts.get(choice)
+        if text is None:
+            prompt = self._prompts[choice.run]
+            text = self._texts[choice] = prompt.new_text(self._generation.job)
+        return text
+
+    def _extras(self, choice: Choice) -> dict[str, object]:
+        """Log-probabilities and ids of the tokens that haven't gone out yet."""
+        sent, end = self._sent.get(choice, 0), choice.detokenizer.settled
+        self._sent[choice] = end
+        extras: dict[str, object] = {"logprobs": None}
+        alternatives = self._request.alternatives
+        if alternatives is not None and end > sent:
+            part = slice(sent, end)
+            offsets = choice.detokenizer.offsets[part]
+            tokens = ScoredTokens(choice.ids[part], choice.logprobs[part], choice.top[part], offsets)
+            content = chat_content(self._generation.engine.tokenizer, tokens, alternatives)
+            extras["logprobs"] = {"content": content, "refusal": None}
+        if self._request.return_token_ids:
+            extras["token_ids"] = choice.ids[sent:end]
+            if not sent:
+                extras["prompt_token_ids"] = choice.run.prompt.ids
+        return extras
+
+    def _usage(self) -> dict[str, object]:
+        """The generation's usage, with the tokens that were thoughts."""
+        usage = self._generation.usage()
+        details = usage["completion_tokens_details"]
+        assert isinstance(details, dict)
+        thoughts = sum(
+            text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items()
+        )
+        return {**usage, "completion_tokens_details": {**details, "reasoning_tokens": thoughts}}

@@ -1,0 +1,126 @@
+"""`POST /v1/fim/completions` and `POST /infill`: editors' requests, answered by the completions machinery."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.admission import Job, make_job
+from tokenmill.server.body import decode_object, read_body
+from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Exchange, Writer
+from tokenmill.server.context import RequestContext
+from tokenmill.server.fim_answers import FimAnswer, InfillAnswer, LineRules
+from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.generation import Generation
+from tokenmill.server.model import Engine, Model
+from tokenmill.server.parse import check_conflicts, validated
+from tokenmill.server.plan import Variant
+from tokenmill.server.prompts import Infill
+from tokenmill.server.protocol import CompletionRequest
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+
+
+class FimEndpoint(CompletionEndpoint):
+    """The handler of Mistral's route."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
+        context: RequestContext = scope["state"]["context"]
+        values = decode_object(await read_body(scope, receive, self._options.max_body))
+        request = completion_of_fim(validated(values, FimRequest, self._options.warn_unknown))
+        await self.respond(request, context, receive, send, FimExchange)
+
+
+class InfillEndpoint(CompletionEndpoint):
+    """The handler of llama.cpp's route."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
+        context: RequestContext = scope["state"]["context"]
+        values = decode_object(await read_body(scope, receive, self._options.max_body))
+        infill = validated(values, InfillRequest, self._options.warn_unknown)
+        request = completion_of_infill(infill)
+        await self.respond(request, context, receive, send, partial(InfillExchange, infill))
+
+
+def completion_of_fim(request: FimRequest) -> CompletionRequest:
+    """Mistral's request as a completion. Raises `ApiError` 400."""
+    given = request.model_dump(exclude_unset=True, exclude_none=True, exclude={"metadata", "random_seed"})
+    if request.random_seed is not None:
+        given["seed"] = request.random_seed
+    return _checked(given)
+
+
+def completion_of_infill(request: InfillRequest) -> CompletionRequest:
+    """llama.cpp's request as a completion, with what isn't in `Infill`. Raises `ApiError` 400."""
+    same = {"model", "stop", "stream", "ignore_eos", *SAMPLING}
+    given = request.model_dump(exclude_unset=True, exclude_none=True, include=same)
+    given |= {"prompt": request.input_prefix, "suffix": request.input_suffix}
+    if request.n_predict >= 0:
+        given["max_tokens"] = request.n_predict
+    if request.repeat_penalty is not None:
+        given["repetition_penalty"] = request.repeat_penalty
+    if request.seed not in (None, -1):
+        given["seed"] = request.seed
+    return _checked(given)
+
+
+def _checked(values: dict[str, object]) -> CompletionRequest:
+    request = validated(values, CompletionRequest)
+    check_conflicts(request)
+    return request
+
+
+class FimExchange(Exchange):
+    """One request in Mistral's shape."""
+
+    async def _job(self, engine: Engine, salt: str) -> Job:
+        return await make_job(
+            self._request,
+            self._variant,
+            engine,
+            self._context.headers,
+            salt,
+            default_max_tokens=None,
+            infill=self._infill(),
+        )
+
+    def _infill(self) -> Infill:
+        return Infill()
+
+    def _answer(self, generation: Generation) -> Writer:
+        return FimAnswer(generation, self._request.model or self._variant.name)
+
+
+class InfillExchange(FimExchange):
+    """One request in llama.cpp's shape."""
+
+    def __init__(
+        self,
+        infill: InfillRequest,
+        options: EndpointOptions,
+        request: CompletionRequest,
+        variant: Variant,
+        model: Model,
+        context: RequestContext,
+    ) -> None:
+        super().__init__(options, request, variant, model, context)
+        self._fields = infill
+
+    def _infill(self) -> Infill:
+        files = tuple((file.filename, file.text) for file in self._fields.input_extra)
+        return Infill(files, self._fields.prompt)
+
+    def _answer(self, generation: Generation) -> Writer:
+        fields = self._fields
+        if fields.n_indent or fields.t_max_predict_ms:
+            generation.watch = LineRules(fields.n_indent, fields.t_max_predict_ms)
+        return InfillAnswer(
+            generation,
+            self._request.model or self._variant.name,
+            self._context.arrival,
+            fields.return_tokens,
+            fields.response_fields,
+        )

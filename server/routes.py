@@ -1,0 +1,156 @@
+"""The routes that answer with a model: their paths, handlers, and what the OpenAPI document says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tokenmill.server.chat import ChatEndpoint
+from tokenmill.server.chat_protocol import ChatRequest
+from tokenmill.server.chat_protocol_responses import ChatResponse
+from tokenmill.server.completion_tools import ToolCompletionEndpoint
+from tokenmill.server.completions import EndpointOptions
+from tokenmill.server.config import ServerConfig
+from tokenmill.server.fim_protocol import FimRequest, FimResponse, InfillRequest, InfillResponse
+from tokenmill.server.fim_routes import FimEndpoint, InfillEndpoint
+from tokenmill.server.openapi import Operation, document_operations
+from tokenmill.server.protocol import CompletionRequest
+from tokenmill.server.protocol_responses import CompletionResponse
+from tokenmill.server.registry import Registry
+from tokenmill.server.tokenize import TokenizerEndpoint, detokenize, tokenize, tokenizer_info
+from tokenmill.server.tokenize_protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfoResponse,
+)
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Deferred(Response):
+    """A response that a plain ASGI handler writes; it reads the body and sees the client leave by itself."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.handler(scope, receive, send)
+
+
+class Route(msgspec.Struct, frozen=True):
+    """One `POST` route."""
+
+    path: str
+    handler: Handler
+    summary: str
+    name: str
+    body: type[BaseModel]
+    answer: type[BaseModel]
+    streams: bool = True
+
+
+def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> None:
+    """All routes that need a model, with their documentation."""
+    routes = _routes(registry, config)
+    for route in routes:
+        app.add_api_route(
+            route.path,
+            _defer(route.handler),
+            methods=["POST"],
+            summary=route.summary,
+            response_class=Response,
+            operation_id=route.name,
+        )
+
+    @app.get("/tokenizer_info", summary="Describe a model's tokenizer", response_class=Response)
+    async def get_tokenizer_info(model: str | None = None) -> Response:
+        info = await tokenizer_info(model, registry)
+        return Response(msgspec.json.encode(info), media_type="application/json")
+
+    operations = [Operation(route.path, route.answer, route.body, route.streams) for route in routes]
+    operations.append(Operation("/tokenizer_info", TokenizerInfoResponse, method="get"))
+    document_operations(app, operations)
+
+
+def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
+    options = EndpointOptions(
+        max_body=int(config.max_body_mb * (1 << 20)),
+        warn_unknown=config.unknown_parameters == "warn",
+        salt_rule=config.cache_salt,
+    )
+    gateway = msgspec.structs.replace(options, gateway=True)
+    return [
+        Route(
+            "/v1/completions",
+            ToolCompletionEndpoint(registry, options),
+            "Create a completion",
+            "create_completion",
+            CompletionRequest,
+            CompletionResponse,
+        ),
+        Route(
+            "/v4/beta/completions",
+            ToolCompletionEndpoint(registry, gateway),
+            "Create a completion, in the gateway's way of streaming",
+            "create_gateway_completion",
+            CompletionRequest,
+            CompletionResponse,
+        ),
+        Route(
+            "/v1/chat/completions",
+            ChatEndpoint(registry, options),
+            "Answer a conversation",
+            "create_chat_completion",
+            ChatRequest,
+            ChatResponse,
+        ),
+        Route(
+            "/v1/fim/completions",
+            FimEndpoint(registry, options),
+            "Fill in the middle, in Mistral's shape",
+            "create_fim_completion",
+            FimRequest,
+            FimResponse,
+        ),
+        Route(
+            "/infill",
+            InfillEndpoint(registry, options),
+            "Fill in the middle, in llama.cpp's shape",
+            "infill",
+            InfillRequest,
+            InfillResponse,
+        ),
+        Route(
+            "/tokenize",
+            TokenizerEndpoint(registry, options, tokenize),
+            "Token ids of a text or a conversation",
+            "tokenize",
+            TokenizeRequest,
+            TokenizeResponse,
+            streams=False,
+        ),
+        Route(
+            "/detokenize",
+            TokenizerEndpoint(registry, options, detokenize),
+            "Text of token ids",
+            "detokenize",
+            DetokenizeRequest,
+            DetokenizeResponse,
+            streams=False,
+        ),
+    ]
+
+
+def _defer(handler: Handler) -> Callable[[], Awaitable[Response]]:
+    async def respond() -> Response:
+        return Deferred(handler)
+
+    return respond
