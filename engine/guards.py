@@ -53,8 +53,8 @@ class Verdict(msgspec.Struct, frozen=True):
     """What the twin showed.
 
     `refusal`: why the type can't run in the paged cache, None if it can; `fusible`: whether its sibling
-    linears may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be right
-    with it, None if it isn't.
+    linears may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be
+    right, None if it isn't right in either way.
     """
 
     refusal: str | None

@@ -13,6 +13,7 @@ from tokenmill.server.chat_parse import ChatInput, parse_chat
 from tokenmill.server.chat_prompt import ChatPrompt, chat_prompt
 from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Exchange, Writer
 from tokenmill.server.context import RequestContext
+from tokenmill.server.errors import ApiError
 from tokenmill.server.generation import Generation
 from tokenmill.server.model import Engine, Model
 from tokenmill.server.plan import Variant
@@ -48,10 +49,15 @@ class ChatExchange(Exchange):
         self._prompt: ChatPrompt
 
     async def _job(self, engine: Engine, salt: str) -> Job:
-        self._prompt = await chat_prompt(self._chat, self._variant, engine)
-        request = self._request.model_copy(update={"prompt": [self._prompt.ids]})
-        headers = self._context.headers
-        job = await make_job(request, self._variant, engine, headers, salt, default_max_tokens=None)
+        try:
+            self._prompt = await chat_prompt(self._chat, self._variant, engine)
+            request = self._request.model_copy(update={"prompt": [self._prompt.ids]})
+            headers = self._context.headers
+            job = await make_job(request, self._variant, engine, headers, salt, default_max_tokens=None)
+        except ApiError as error:
+            # Messages became the prompt; the client knows no other.
+            error.param = "messages" if error.param == "prompt" else error.param
+            raise
         return self._prompt.adapt(job, engine.tokenizer)
 
     def _answer(self, generation: Generation) -> Writer:

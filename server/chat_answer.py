@@ -43,7 +43,7 @@ class ChatAnswer:
         }
         options = request.stream_options
         self._usage_at_end = options is not None and options.include_usage
-        self._usage_always = options is not None and options.continuous_usage_stats
+        self._usage_always = options is not None and options.usage_always
         self._open = b"data: " + _encode(self._head)[:-1] + b',"choices":['
         self._close = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
         self._texts: dict[Choice, ChatText] = {}

@@ -46,8 +46,9 @@ class ChatPrompt(msgspec.Struct, frozen=True):
         params = msgspec.structs.replace(job.params, grammar=grammar)
         param = job.grammar_param if self.tools is None else "tools"
         closing = self.style.form.closing
-        if self.tools is not None and not self.tools.parallel and closing is not None and grammar is None:
-            # The first call's end is the answer's.
+        single = self.tools is not None and not self.tools.parallel
+        # The first call's end is the answer's; in thoughts it would be nobody's end.
+        if single and closing is not None and grammar is None and self.style.tags is None:
             params = msgspec.structs.replace(params, stop=(*params.stop, closing))
         shown = self.style.tokenizer(self.tools is not None)
         return msgspec.structs.replace(job, params=params, grammar_param=param, tokenizer=shown)

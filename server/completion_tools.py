@@ -92,7 +92,7 @@ class ToolAnswer:
         }
         options = request.stream_options
         self._usage_at_end = options is not None and options.include_usage
-        self._usage_always = options is not None and options.continuous_usage_stats
+        self._usage_always = options is not None and options.usage_always
         self._texts: dict[Choice, ChatText] = {}
         self._sent: dict[Choice, int] = {}
         """How many tokens of a choice went out."""

@@ -22,11 +22,16 @@ class StreamOptions(Strict):
         False, description="One last chunk with the usage and no choices.", examples=[True]
     )
     continuous_usage_stats: bool = Field(
-        False, description="The usage so far on each chunk.", examples=[False]
+        False, description="With `include_usage`: the usage so far on each chunk.", examples=[False]
     )
     include_obfuscation: bool = Field(
         False, description="Accepted for OpenAI's clients; chunks are never padded.", examples=[False]
     )
+
+    @property
+    def usage_always(self) -> bool:
+        """Whether each chunk carries the usage so far."""
+        return self.include_usage and self.continuous_usage_stats
 
 
 class JsonSchema(Strict):

@@ -1,4 +1,4 @@
-"""Each causal-LM type that transformers knows is served with the right text, or is listed here with a reason."""
+"""Each causal-LM type of transformers is served with the right text, or is listed here with a reason."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from tokenmill.engine.tiny import tiny_config
 from tokenmill.kernels import reference
 
 DECODER_HALVES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "olmo3",
-    "starcoder2", "smollm3", "seed_oss", "phi",
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2",
+    "olmo3", "starcoder2", "smollm3", "seed_oss", "phi",
 )  # fmt: skip
 DECODER_INTERLEAVED = ("glm", "glm4", "cohere", "ernie4_5", "helium")
 OWN_CODE = ("gpt2", "opt", "deepseek_v3", "gemma4_text", "bert", "gemma3")

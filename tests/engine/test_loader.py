@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import PAGED_TYPES, copy_of, eager_model, edit_json, paged_logits, tiny, tiny_gguf
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from checkpoints import PAGED_TYPES, copy_of, eager_model, edit_json, paged_logits, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from tokenmill.engine import LLM, SamplingParams, attention, gguf_cache, guards, loader, tokenizer_export
+from tokenmill.engine import LLM, SamplingParams, attention, gguf_cache, guards, loader
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import InvalidRequest
 from tokenmill.engine.guards import Verdict
@@ -256,183 +252,6 @@ def test_fingerprint_follows_what_changes_answers(tmp_path: Path) -> None:
     assert load(folder).fingerprint not in (first, changed)
 
 
-@pytest.mark.parametrize("model_type", PAGED_TYPES)
-def test_tokenizer_is_the_one_of_transformers(model_type: str) -> None:
-    folder = tiny(model_type)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    info = load(folder).tokenizer
-    ours = Tokenizer.from_str(info.tokenizer_json)
-    for text in TEXTS:
-        assert ours.encode(text).ids == theirs(text).input_ids
-        assert ours.decode(theirs(text).input_ids, skip_special_tokens=False) == theirs.decode(
-            theirs(text).input_ids
-        )
-    assert info.vocab_size == len(theirs)
-    assert (info.bos_token, info.eos_token, info.bos_id) == ("<|bos|>", "<|eos|>", 1)
-    assert info.special_tokens["pad_token"] == "<|pad|>"
-    assert info.chat_template == theirs.chat_template
-
-
-def test_a_tokenizer_is_exported_once(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = copy_of(tiny("llama"), tmp_path / "model")
-    first = load(folder).tokenizer
-    made = tokenizer_export._auto_tokenizer
-    calls = []
-    monkeypatch.setattr(tokenizer_export, "_auto_tokenizer", lambda *x: calls.append(x) or made(*x))
-    assert load(folder).tokenizer == first
-    assert not calls
-    (folder / "chat_template.jinja").write_text("other")
-    assert load(folder).tokenizer.chat_template == "other"
-    assert len(calls) == 1
-
-
-def test_truncation_and_padding_are_not_exported(tmp_path: Path) -> None:
-    folder = copy_of(tiny("llama"), tmp_path / "model")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=8)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ours = Tokenizer.from_str(load(folder).tokenizer.tokenizer_json)
-    assert ours.encode(TEXTS[0]).ids == AutoTokenizer.from_pretrained(tiny("llama"))(TEXTS[0]).input_ids
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "ends"),
-    [
-        ({"eos_token_id": 7}, 9, (7,)),
-        ({"eos_token_id": [7, 8]}, 9, (7, 8)),
-        ({}, 9, (9,)),
-        ({"eos_token_id": 100_000}, 9, ()),
-        (None, None, (2,)),
-    ],
-)
-def test_ends_of_a_generation(
-    tmp_path: Path, generation: dict[str, Any] | None, config: int | None, ends: tuple[int, ...]
-) -> None:
-    folder = copy_of(tiny("llama"), tmp_path / "model")
-    (folder / "generation_config.json").unlink()
-    if generation is not None:
-        edit_json(folder / "generation_config.json", **generation)
-    edit_json(folder / "config.json", eos_token_id=config)
-    assert load(folder).eos_ids == tuple(sorted({4, *ends})), "4 ends a turn of the chat template"
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    assert load(folder).eos_ids == ends
-
-
-@pytest.mark.parametrize(
-    ("template", "ends"),
-    [
-        ("{% for m in messages %}{{ m['content'] + '<|tool|>\n' }}{% endfor %}", (2, 5)),
-        ("{% for m in messages %}{{ '<|tool|>' + m['content'] }}{% endfor %}", (2,)),
-        ("{% for m in messages %}{{ m['content'] + '</turn>' }}{% endfor %}", (2,)),
-        (
-            "{% for m in messages %}{{ m['content'] + ('<|tool|>' if loop.last else '!') }}{% endfor %}",
-            (2, 5),
-        ),
-        ("{{ raise_exception('a system message must come first') }}", (2,)),
-        ("{% broken", (2,)),
-    ],
-)
-def test_the_end_of_a_turn_ends_a_generation(tmp_path: Path, template: str, ends: tuple[int, ...]) -> None:
-    folder = copy_of(tiny("llama"), tmp_path / "model")
-    edit_json(folder / "generation_config.json", eos_token_id=2)
-    (folder / "chat_template.jinja").write_text(template)
-    assert load(folder).eos_ids == ends
-
-
-@pytest.mark.parametrize("tools", [None, [], [{"name": "f"}]])
-@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "  ", "x\n  "])
-def test_two_templates_become_one(tools: object, ending: str) -> None:
-    default, tool_use = (
-        "\n\n d{% if x %}\n1\n{% endif %}" + ending,
-        "  t{% for i in x %}\n{{ i }}{% endfor %}\n" + ending,
-    )
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def render(template: str) -> str:
-        return environment.from_string(template).render(tools=tools, x=[3])
-
-    joined = tokenizer_export._one_template({"default": default, "tool_use": tool_use, "rag": "r"})
-    assert joined is not None
-    assert render(joined) == render(tool_use if tools else default)
-    assert tokenizer_export._one_template({"default": default}) == default
-    assert tokenizer_export._one_template({"rag": "r"}) is None
-    assert tokenizer_export._one_template(None) is None
-
-
-def test_gguf_equals_its_safetensors(own_cache: Path, tmp_path: Path) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    ours, theirs = load(file), load(tiny("llama"))
-    assert ours.dtype == torch.float32
-    inputs = texts(320)
-    found, wanted = paged_logits(ours.module, inputs), paged_logits(theirs.module, inputs)
-    assert guards.relative_error(found, wanted) < 1e-6
-    assert ours.tokenizer.chat_template == "{{ messages[0]['content'] }}"
-    assert ours.eos_ids == (2,)
-    left = Tokenizer.from_str(ours.tokenizer.tokenizer_json)
-    right = Tokenizer.from_str(theirs.tokenizer.tokenizer_json)
-    assert (
-        left.encode(TEXTS[0], add_special_tokens=False).ids
-        == right.encode(TEXTS[0], add_special_tokens=False).ids
-    )
-
-
-def test_gguf_is_converted_once(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    first = load(file)
-    convert = gguf_cache.convert
-    calls = []
-    monkeypatch.setattr(gguf_cache, "convert", lambda *x: calls.append(x[1]) or convert(*x))
-    assert load(file).fingerprint == first.fingerprint
-    assert not calls
-    load(file, dtype="bfloat16")
-    assert calls == [torch.bfloat16]
-    file.touch()
-    load(file)
-    assert calls == [torch.bfloat16, torch.float32], "a file that changed is converted anew"
-    assert len(list((own_cache / "gguf").glob("*/*"))) == 1, "and what was made of the old one is gone"
-
-
-@pytest.mark.parametrize("obstacle", ["no folder", "disk full"])
-def test_a_cache_that_cannot_be_written_costs_only_time(
-    obstacle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    (tmp_path / "plain").touch()
-    if obstacle == "no folder":
-        monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "plain" / "cache"))
-    else:
-        monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
-
-        def full(*_: object, **__: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr("tempfile._mkstemp_inner", full)
-        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with caplog.at_level(logging.WARNING):
-        model = load(file)
-    assert model.verdict.refusal is None
-    inputs = texts(320)
-    found, wanted = paged_logits(model.module, inputs), paged_logits(load(tiny("llama")).module, inputs)
-    assert guards.relative_error(found, wanted) < 1e-6
-    assert any("can't be written" in record.getMessage() for record in caplog.records)
-    assert not list(tmp_path.glob("cache/gguf/*/*/.new-*")), "nothing half-made is left behind"
-
-
-def test_a_corrupt_gguf_is_refused(own_cache: Path, tmp_path: Path) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    file.write_bytes(file.read_bytes()[:-1])
-    assert "model.gguf is truncated" in refusal(file)
-
-
-def test_a_gguf_of_an_unknown_architecture_is_refused(own_cache: Path, tmp_path: Path) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    file.write_bytes(file.read_bytes().replace(b"llama", b"lampa"))
-    assert "model.gguf (lampa) can't be converted" in refusal(file)
-
-
 def test_longrope_is_pinned_by_the_context(tmp_path: Path) -> None:
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
@@ -493,13 +312,3 @@ def resolve_gguf() -> Path:
     file = loader.resolve(SMOLLM2).gguf_file
     assert file is not None
     return file
-
-
-def test_a_half_written_entry_is_no_entry(own_cache: Path, tmp_path: Path) -> None:
-    file = tiny_gguf(tmp_path / "model.gguf")
-    load(file)
-    folder = gguf_cache.converted_folder(file, torch.float32)
-    assert folder is not None
-    shutil.rmtree(folder)
-    folder.mkdir()
-    assert load(file).parameters == load(tiny("llama")).parameters

@@ -192,7 +192,8 @@ def test_answer_takes_what_is_left_of_the_context(chat_server: LiveServer) -> No
         max_completion_tokens=6,
     )
     refused(chat_server, "max_tokens", code=code, messages=says("a"), max_tokens=5000)
-    refused(chat_server, "prompt", code=code, messages=user("x" * 5000))
+    refused(chat_server, "messages", code=code, messages=user("x" * 5000))
+    refused(chat_server, "messages", code=code, messages=user("x" * 100_000))
 
 
 def test_choices_and_their_streams(chat_server: LiveServer) -> None:
