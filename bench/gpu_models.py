@@ -8,7 +8,7 @@ layer to layer and logits spread over several units.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,16 +47,36 @@ def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One model to measure."""
+@dataclass(slots=True)
+class Sizes:
+    """How large everything is: true sizes, or those of a rehearsal."""
 
-    name: str
-    fields: dict[str, Any]
+    dtype: str = "bfloat16"
+    context: int = 16384
+    batch: int = 256
+    text: int = 512
+    alone: tuple[int, int] = (128, 512)
+    jobs: int = 256
+    prefill: tuple[int, int] = (8192, 3)
+    saturated: int = 1024
+    peers: tuple[int, int, int] = (256, 128, 128)
+    rounds: int = 20
+    shapes: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(SHAPES))
 
 
-def build_module(fields: dict[str, Any], device: torch.device, dtype: torch.dtype, attention: str, seed: int = 0) -> Any:
-    """A transformers causal LM of these config fields, its weights a function of `seed` and `dtype` alone."""
+def rehearsal() -> Sizes:
+    """Sizes for the interpreter."""
+    small = {name: shrunk(fields) for name, fields in list(SHAPES.items())[:1]}
+    return Sizes("float32", 64, 2, 12, (6, 3), 2, (16, 1), 2, (2, 4, 2), 1, small)
+
+
+def build_module(
+    fields: dict[str, Any], device: torch.device, dtype: torch.dtype, attention: str, seed: int = 0
+) -> Any:
+    """A transformers causal LM of these config fields; its weights depend on `seed`, device and dtype alone.
+
+    On the meta device it has shapes and no weights.
+    """
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -69,6 +89,8 @@ def build_module(fields: dict[str, Any], device: torch.device, dtype: torch.dtyp
     build: Any = model_class._from_config
     with torch.device(device):
         module = build(config, attn_implementation=attention, dtype=dtype)
+    if device.type == "meta":
+        return module
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in module.named_parameters():
@@ -116,14 +138,22 @@ def load_random(
 
 
 def make_engine(
-    fields: dict[str, Any], device: torch.device, dtype: torch.dtype, *, max_context: int, max_batch: int, **settings: Any
+    fields: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    max_context: int,
+    max_batch: int,
+    **settings: Any,
 ) -> Engine:
     """An engine on such a model, with all its decode steps captured; without a GPU, by a stand-in for graphs."""
     from tokenmill.engine.config import EngineConfig
     from tokenmill.engine.cuda_graph import record
     from tokenmill.engine.engine import Engine
 
-    config = EngineConfig(source="random", max_context=max_context, max_batch=max_batch, overlap=True, **settings)
+    config = EngineConfig(
+        source="random", max_context=max_context, max_batch=max_batch, overlap=True, **settings
+    )
     engine = Engine(config, model=load_random(fields, device, dtype, max_context))
     if device.type != "cuda" and engine.runner.can_capture:
         engine.runner.make_graphs(record)

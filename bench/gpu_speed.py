@@ -76,7 +76,11 @@ def prefill(engine: Engine, limits: Limits, prompt: int, count: int, target: flo
     work = Work(run.lengths, 1)
     limit = work.prompt_tokens / prefill_seconds(limits, footprint_of(engine), work)
     return Figure(
-        f"prefill, prompts of {prompt:,}", work.prompt_tokens / run.seconds, "tok/s", limit, _of(target, limit)
+        f"prefill, prompts of {prompt:,}",
+        work.prompt_tokens / run.seconds,
+        "tok/s",
+        limit,
+        _of(target, limit),
     )
 
 
@@ -104,12 +108,14 @@ def sampler_share(engine: Engine, rounds: int, target: float) -> Figure:
         forward = _seconds(lambda: graphs.run(count), rounds)
         graphs._counts[0].zero_()
     note = f"{1e6 * sampling:.0f} µs for {count} rows of {engine.model.logits_width:,} logits, empty contexts"
-    return Figure("sampler with every feature on", sampling / (sampling + forward), "of a step", None, target, note)
+    return Figure(
+        "sampler with every feature on", sampling / (sampling + forward), "of a step", None, target, note
+    )
 
 
 def idle_share(engine: Engine, batch: int, steps: int, target: float) -> Figure:
     """The part of the time in a steady decode in which no kernel ran, by torch's profiler."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     from tokenmill.engine.messages import Add
@@ -123,7 +129,7 @@ def idle_share(engine: Engine, batch: int, steps: int, target: float) -> Figure:
         engine.add(Add(10_000_000 + number, job.prompt, params))
     for _ in range(20):
         engine.step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             engine.step()
     for number in range(batch):
@@ -154,9 +160,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 def transformers_batch(fields: dict[str, Any], device: Any, dtype: Any, jobs: Sequence[Job]) -> Figure:
     """transformers' own continuous batching on jobs of one output length, in output tokens a second."""
-    import torch
-    from transformers import GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     from tokenmill.bench.gpu_models import build_module
 
@@ -167,10 +171,12 @@ def transformers_batch(fields: dict[str, Any], device: Any, dtype: Any, jobs: Se
     settings = make(max_new_tokens=outputs, do_sample=False, eos_token_id=-1, pad_token_id=0)
     options: Any = ContinuousBatchingConfig
     batching = options(use_cuda_graph=device.type == "cuda", allow_block_sharing=False)
-    with torch.inference_mode():
-        answers = module.generate_batch(
-            inputs=prompts, generation_config=settings, continuous_batching_config=batching, record_timestamps=True
-        )
+    answers = module.generate_batch(
+        inputs=prompts,
+        generation_config=settings,
+        continuous_batching_config=batching,
+        record_timestamps=True,
+    )
     made = sum(len(answer.generated_tokens) for answer in answers.values())
     stamps = [stamp for answer in answers.values() for stamp in answer.timestamps or ()]
     starts = [answer.created_time for answer in answers.values()]

@@ -203,7 +203,10 @@ class Decoder:
         """Norms over all heads together (OLMo 2), which the fused pass doesn't know."""
         query, key = q_norm.weight.numel(), k_norm.weight.numel()
         parts = torch.split(qkv, [query, key, qkv.shape[1] - query - key], dim=-1)
-        normed = [self._normalize(norm)(part.contiguous()) for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))]
+        normed = [
+            self._normalize(norm)(part.contiguous())
+            for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))
+        ]
         return torch.cat([*normed, parts[2]], dim=-1)
 
     def _feed(self, block: _Block, normed: Tensor, x: Tensor, slots: Tensor) -> Tensor:
@@ -232,7 +235,11 @@ class Decoder:
         return sparse.mix(normed, ids, weights, residual)
 
     def _add(
-        self, product: Callable[[Tensor, Tensor | None], Tensor], hidden: Tensor, x: Tensor, norm: Normalize | None
+        self,
+        product: Callable[[Tensor, Tensor | None], Tensor],
+        hidden: Tensor,
+        x: Tensor,
+        norm: Normalize | None,
     ) -> Tensor:
         scale = self._spec.residual_scale
         if norm is None and scale == 1.0:

@@ -208,7 +208,9 @@ def _layer(layer: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, inde
         raise NotUnderstood(f"a layer with the norms {', '.join(sorted(norms)) or 'none'}")
     attention = _attention(_one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
     *names, parallel = places
-    before, after, mlp_before, mlp_after = (None if name is None else _norm(norms[str(name)]) for name in names)
+    before, after, mlp_before, mlp_after = (
+        None if name is None else _norm(norms[str(name)]) for name in names
+    )
     mlp = _feed(_one_of(layer, "mlp", "feed_forward"))
     return Layer(attention, mlp, before, after, mlp_before, mlp_after, bool(parallel))
 
@@ -223,7 +225,10 @@ def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, i
     out = _linear(_one_of(part, "o_proj", "dense"))
     heads = out.weight.shape[1] // cached.key_size
     sinks = getattr(part, "sinks", None)
-    q_norm, k_norm = _optional_norm(part, "q_norm", "q_layernorm"), _optional_norm(part, "k_norm", "k_layernorm")
+    q_norm, k_norm = (
+        _optional_norm(part, "q_norm", "q_layernorm"),
+        _optional_norm(part, "k_norm", "k_layernorm"),
+    )
     if any(norm is not None and (norm.mean or norm.bias is not None) for norm in (q_norm, k_norm)):
         raise NotUnderstood("query and key norms that subtract the mean")
     return Attention(

@@ -1,8 +1,8 @@
 """The ways a step's tokens go through a model; `guards.py` tells which are right for it.
 
-    decoder      the fused decoder on our kernels
-    paged        the model's own code, sibling linears fused, attention through the paged cache
-    sequential   the model's own code and cache, one sequence at a time
+decoder      the fused decoder on our kernels
+paged        the model's own code, sibling linears fused, attention through the paged cache
+sequential   the model's own code and cache, one sequence at a time
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
+from tokenmill.engine.cuda_graph import StaticRows
 from tokenmill.engine.decoder import Decoder
 from tokenmill.engine.input_batch import StepInputs
-from tokenmill.engine.cuda_graph import StaticRows
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.scheduler import Step
 from tokenmill.engine.sequential import SequentialModel
-
 
 PROFILE_TOKENS = 8192
 PROFILE_BLOCKS = 1
@@ -77,7 +76,9 @@ class PagedForward:
         self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, config.block_size, dtype, model.device)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
         del self._cache
-        num_blocks = kv_cache.count_blocks(config, layers, dtype, model.device, model.max_context, activations)
+        num_blocks = kv_cache.count_blocks(
+            config, layers, dtype, model.device, model.max_context, activations
+        )
         token_bytes = kv_cache.block_bytes(layers, 1, dtype)
         self.capacity = Capacity(num_blocks, config.block_size, token_bytes)
         self._cache = kv_cache.allocate(layers, num_blocks, config.block_size, dtype, model.device)
@@ -186,7 +187,9 @@ def _cache_dtype(model: LoadedModel, config: EngineConfig, kernels: ReferenceKer
     if config.kv_cache.dtype == "auto":
         return model.dtype
     if not kernels.fp8_cache:
-        raise LoadError(f"{config.source}: an fp8 KV cache needs a GPU and its kernels; leave kv_cache.dtype out")
+        raise LoadError(
+            f"{config.source}: an fp8 KV cache needs a GPU and its kernels; leave kv_cache.dtype out"
+        )
     return torch.float8_e4m3fn
 
 

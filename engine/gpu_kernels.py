@@ -107,7 +107,13 @@ class GpuKernels(ReferenceKernels):
         return self._plans[key]
 
     def _rope_store(
-        self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, *caches: Tensor, **options: Any
+        self,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        slots: Tensor,
+        *caches: Tensor,
+        **options: Any,
     ) -> Tensor:
         if cos is None or sin is None:
             # Turning two dimensions by no angle is how a layer without RoPE passes through the same kernel.
@@ -200,7 +206,12 @@ class StepPlans:
     _prefill: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def attend(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: tuple[Tensor, Tensor, Tensor], **options: Any
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: tuple[Tensor, Tensor, Tensor],
+        **options: Any,
     ) -> Tensor:
         """`reference.paged_attention`; the step's first `decodes` rows have one token each."""
         query, window = _rowwise(query), int(options.get("window", 0))
@@ -278,4 +289,3 @@ def _rowwise(x: Tensor) -> Tensor:
             return x.contiguous()
         expected *= size
     return x
-

@@ -94,7 +94,13 @@ class InputBatch:
     """`max_batch` rows for sequences of at most `max_blocks` blocks of `block_size` tokens."""
 
     def __init__(
-        self, max_batch: int, max_blocks: int, block_size: int, device: torch.device, *, packed: bool | None = None
+        self,
+        max_batch: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        *,
+        packed: bool | None = None,
     ) -> None:
         """`packed`: see `Staging`."""
         self.block_size = block_size
@@ -162,7 +168,13 @@ class InputBatch:
         put = self.staging.put([*arrays, *carried, *_pairs(step.copies)])
         common, extra = put[: len(arrays)], put[len(arrays) :]
         return StepInputs(
-            *common[:7],
+            input_ids=common[0],
+            positions=common[1],
+            slots=common[2],
+            block_table=common[3],
+            seq_lens=common[4],
+            query_start=common[5],
+            logits_index=common[6],
             decodes=int(np.count_nonzero(counts == 1)),
             carried=(extra[0], extra[1]) if carried else None,
             scored=scored,
@@ -190,7 +202,9 @@ class InputBatch:
         positions = np.array([c.start for c in chunks], np.int64)
         table = self._table(chunks)
         blocks = table[np.arange(len(chunks)), positions // self.block_size].astype(np.int64)
-        known = [(c.sequence.slot, token) for c in chunks for token in c.sequence.tokens(c.start, c.start + 1)]
+        known = [
+            (c.sequence.slot, token) for c in chunks for token in c.sequence.tokens(c.start, c.start + 1)
+        ]
         pairs = np.array(known, np.int64).T.copy() if known else None
         return DecodeRows(
             samplers=samplers,
@@ -240,7 +254,9 @@ class InputBatch:
             for sequence in chunk.samplers:
                 generated = sequence.num_generated - 1
                 rows.append(SampleRow(sequence, generated, [], drafts))
-                rows += [SampleRow(sequence, generated + i, chunk.drafts[:i], drafts) for i in range(1, drafts + 1)]
+                rows += [
+                    SampleRow(sequence, generated + i, chunk.drafts[:i], drafts) for i in range(1, drafts + 1)
+                ]
                 places += range(end - 1 - drafts, end)
         return rows, np.array(places, np.int64)
 

@@ -40,7 +40,12 @@ class AttentionPlans(Protocol):
     """What a step's attention layers share."""
 
     def attend(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: tuple[Tensor, Tensor, Tensor], **options: Any
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: tuple[Tensor, Tensor, Tensor],
+        **options: Any,
     ) -> Tensor:
         """`reference.paged_attention`; `lengths` are the step's block table, sequence lengths, query starts."""
 
@@ -191,7 +196,14 @@ class CpuKernels(ReferenceKernels):
 
         self._attention, self._linear, self._sampling = attention, linear, sampling
         for module in (elementwise, sampling):
-            for function in ("rope_store", "rms_norm", "layer_norm", "activate", "apply_penalties", "apply_bitmask"):
+            for function in (
+                "rope_store",
+                "rms_norm",
+                "layer_norm",
+                "activate",
+                "apply_penalties",
+                "apply_bitmask",
+            ):
                 if hasattr(module, function):
                     setattr(self, function, getattr(module, function))
         self.sample = sampling.sample
@@ -227,7 +239,9 @@ class CpuKernels(ReferenceKernels):
         return super().make_embedding(weight, head)
 
 
-def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> ReferenceKernels:
+def select_kernels(
+    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> ReferenceKernels:
     """The fastest kernels that work on `device` with `dtype`.
 
     `deterministic`: every result stays the same to the bit in any batch, where that costs speed too.

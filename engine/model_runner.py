@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np
@@ -279,7 +278,9 @@ def _to_host(arrays: list[NDArray[Any]], wanted: list[int]) -> tuple[list[float]
     return picked, tops
 
 
-def _prompt_scores(arrays: list[NDArray[Any]], parts: list[ScoredPart]) -> list[tuple[Sequence, PromptLogprobs]]:
+def _prompt_scores(
+    arrays: list[NDArray[Any]], parts: list[ScoredPart]
+) -> list[tuple[Sequence, PromptLogprobs]]:
     wanted = [part.sequence.params.prompt_logprobs or 0 for part in parts for _ in range(part.count)]
     values, tops = _to_host(arrays, wanted)
     return [

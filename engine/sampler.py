@@ -174,7 +174,9 @@ class Sampler:
         own = np.full_like(lines, -1)
         own[drafted] = np.arange(np.count_nonzero(drafted))
         chosen = np.flatnonzero(drafted)
-        after = [(line, token) for line, i in enumerate(chosen.tolist()) for token in inputs.samplers[i].after]
+        after = [
+            (line, token) for line, i in enumerate(chosen.tolist()) for token in inputs.samplers[i].after
+        ]
         settings = [values[inputs.rows] for values in (batch.repetition, batch.presence, batch.frequency)]
         put = self._put(lines, *settings, own, inputs.rows[drafted], np.array(after, np.int64).reshape(-1, 2))
         first = Penalties(put[0], counts, seen, put[1], put[2], put[3])

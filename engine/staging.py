@@ -49,8 +49,7 @@ class PinnedLines:
         at = self._next
         target.copy_(self._buffers[at][: target.numel()], non_blocking=True)
         if self._on_gpu:
-            self._events[at] = self._events[at] or torch.cuda.Event()
-            self._events[at].record()
+            self._events[at] = _recorded(self._events[at])
         self._next = (at + 1) % LINES
 
 
@@ -112,11 +111,18 @@ class Staging:
         on_gpu = self._device.type == "cuda"
         host = torch.empty(source.shape, dtype=torch.uint8, pin_memory=on_gpu)
         host.copy_(source, non_blocking=True)
-        event = None
-        if on_gpu:
-            event = torch.cuda.Event()
-            event.record()
-        return Fetched([_view(host, at, tensor) for at, tensor in zip(places, tensors, strict=True)], event, [source])
+        event = _recorded(None) if on_gpu else None
+        return Fetched(
+            [_view(host, at, tensor) for at, tensor in zip(places, tensors, strict=True)], event, [source]
+        )
+
+
+def _recorded(event: Any) -> Any:
+    """An event (a new one for None) that passes when what the device has been asked so far is done."""
+    make: Any = torch.cuda.Event
+    event = make() if event is None else event
+    event.record()
+    return event
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:

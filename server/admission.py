@@ -12,7 +12,7 @@ from tokenmill.engine.sampling_params import SamplingParams
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import SAMPLING_KEYS
 from tokenmill.server.errors import bad_request, shorten
-from tokenmill.server.fim import Fim, encode_inside
+from tokenmill.server.fim import Fim
 from tokenmill.server.grammar_fields import requested_grammar
 from tokenmill.server.model import Engine
 from tokenmill.server.parse import ALIASES, first_of
@@ -25,6 +25,7 @@ from tokenmill.server.prompts import (
     encode_infill,
     encode_prediction,
     encode_prompts,
+    encode_suffix,
 )
 from tokenmill.server.protocol import MAX_TOKENS_DEFAULT, CompletionRequest
 from tokenmill.server.protocol_sampling import INT31
@@ -149,20 +150,20 @@ async def make_job(
         prompts = await encode_prompts(request, engine, infill or NOTHING_MORE)
     else:
         prompts = await encode_infill(request, engine, fim, infill or NOTHING_MORE)
+    ranked_by = await encode_suffix(request.suffix, engine) if request.suffix and fim is None else None
     if default_max_tokens is None:
-        default_max_tokens = max(0, engine.context - max(len(prompt.ids) for prompt in prompts))
+        longest = max(len(prompt.ids) for prompt in prompts) + len(ranked_by or ())
+        default_max_tokens = max(1, engine.context - longest)
     params = sampling_params(request, variant, engine, default_max_tokens)
     requested = requested_grammar(request)
     if requested is not None:
         params = msgspec.structs.replace(params, grammar=requested.grammar)
     if fim is not None and not params.ignore_eos:
         params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *fim.stop))
-    suffix: list[int] | None = None
-    if request.suffix and fim is None:
-        suffix = encode_inside(engine.tokenizer, request.suffix)
-        params = with_candidates(params, variant)
+    if ranked_by is not None:
+        params = with_candidates(params, variant, len(prompts))
     for prompt in prompts:
-        check_prompt(prompt.ids, params.max_tokens + len(suffix or ()), engine)
+        check_prompt(prompt.ids, params.max_tokens, engine, len(ranked_by or ()))
     prediction = None
     if request.prediction is not None and variant.predicts:
         prediction = await encode_prediction(request.prediction.text, engine)
@@ -172,7 +173,7 @@ async def make_job(
         _priority(request, headers),
         cache_salt,
         prediction or None,
-        suffix,
+        ranked_by,
         None if requested is None else requested.param,
     )
 
@@ -190,12 +191,13 @@ async def _fim(
     return fim
 
 
-def with_candidates(params: SamplingParams, variant: Variant) -> SamplingParams:
+def with_candidates(params: SamplingParams, variant: Variant, prompts: int) -> SamplingParams:
     """The settings for an answer that is chosen by its suffix: several candidates, if they can differ."""
     if params.best_of is not None or params.greedy or not params.max_tokens:
         return params
-    count = min(max(params.n, RERANK_CANDIDATES), max(params.n, variant.limits.max_best_of))
-    return msgspec.structs.replace(params, best_of=count)
+    limits = variant.limits
+    count = min(RERANK_CANDIDATES, limits.max_best_of, limits.max_prompts // prompts)
+    return msgspec.structs.replace(params, best_of=max(params.n, count))
 
 
 def _priority(request: CompletionRequest, headers: Mapping[str, str]) -> int:

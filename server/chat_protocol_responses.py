@@ -1,8 +1,8 @@
-"""The shapes of chat answers, for the OpenAPI document. Answers themselves are written by `chat_answer.py`."""
+"""The shapes of chat answers, for the OpenAPI document. `chat_answer.py` writes the answers themselves."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -62,4 +62,4 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
-    prompt_logprobs: list[dict[str, object] | None] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None

@@ -8,7 +8,7 @@ import msgspec
 
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.errors import ApiError, bad_request
-from tokenmill.server.fim import Fim
+from tokenmill.server.fim import Fim, encode_inside
 from tokenmill.server.model import Engine
 from tokenmill.server.protocol import CompletionRequest
 
@@ -66,7 +66,8 @@ async def encode_infill(
     suffix = request.suffix or ""
     texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
     others = [text for _, text in infill.files]
-    check_length([*texts, suffix, *others], engine)
+    check_length([*texts, *others], engine)
+    check_length([suffix], engine, "suffix")
     if sum(map(len, [*texts, suffix, *others])) <= INLINE_CHARACTERS and fim.ready:
         return _infill(request, fim, infill)
     return await asyncio.to_thread(_infill, request, fim, infill)
@@ -95,6 +96,14 @@ async def encode_texts(tokenizer: Tokenizer, texts: list[str], add_special_token
     return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
 
 
+async def encode_suffix(text: str, engine: Engine) -> list[int]:
+    """Tokens of a text that is to come behind another. Raises `ApiError` 400 where it can't fit."""
+    check_length([text], engine, "suffix")
+    if len(text) <= INLINE_CHARACTERS:
+        return encode_inside(engine.tokenizer, text)
+    return await asyncio.to_thread(encode_inside, engine.tokenizer, text)
+
+
 async def encode_prediction(text: str, engine: Engine) -> list[int]:
     """Tokens of the expected output; what is longer than any output can be isn't worth encoding."""
     text = text[: engine.context * engine.tokenizer.longest_token]
@@ -110,12 +119,12 @@ def last(ids: list[int], count: int | None) -> list[int]:
     return ids if count is None else ids[-count:]
 
 
-def check_length(texts: list[str], engine: Engine) -> None:
+def check_length(texts: list[str], engine: Engine, param: str = "prompt") -> None:
     """Refuse a text that can't fit before spending time on encoding it."""
     for text in texts:
         least = len(text) // engine.tokenizer.longest_token
         if least > engine.context:
-            raise too_long(f"your prompt has at least {least}", "prompt", engine)
+            raise too_long(f"your {param} has at least {least}", param, engine)
 
 
 def _start_token(tokenizer: Tokenizer) -> int:
@@ -128,16 +137,18 @@ def _start_token(tokenizer: Tokenizer) -> int:
     raise bad_request("prompt is empty, and this model has no token to start from", "prompt")
 
 
-def check_prompt(ids: list[int], max_tokens: int, engine: Engine) -> None:
-    """Ids within the vocabulary, and room for the completion. Raises `ApiError` 400."""
+def check_prompt(ids: list[int], max_tokens: int, engine: Engine, suffix: int = 0) -> None:
+    """Ids within the vocabulary, and room for the completion and the suffix behind it. `ApiError` 400."""
     width = engine.ready.logits_width
     if max(ids) >= width:
         wrong = next(token for token in ids if token >= width)
         raise bad_request(f"prompt: token {wrong} is outside the model's vocabulary of {width}", "prompt")
-    if len(ids) + max_tokens > engine.context:
-        param = "prompt" if len(ids) >= engine.context else "max_tokens"
+    whole = len(ids) + max_tokens + suffix
+    if whole > engine.context:
+        param = "prompt" if len(ids) + suffix >= engine.context else "max_tokens"
         parts = f"{len(ids)} in the prompt, {max_tokens} for the completion"
-        raise too_long(f"you asked for {len(ids) + max_tokens} ({parts})", param, engine)
+        parts += f", {suffix} in the suffix" if suffix else ""
+        raise too_long(f"you asked for {whole} ({parts})", param, engine)
 
 
 def too_long(asked: str, param: str, engine: Engine) -> ApiError:

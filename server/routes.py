@@ -87,22 +87,21 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
         salt_rule=config.cache_salt,
     )
     gateway = msgspec.structs.replace(options, gateway=True)
+    completions = (CompletionRequest, CompletionResponse)
     return [
         Route(
             "/v1/completions",
             ToolCompletionEndpoint(registry, options),
             "Create a completion",
             "create_completion",
-            CompletionRequest,
-            CompletionResponse,
+            *completions,
         ),
         Route(
             "/v4/beta/completions",
             ToolCompletionEndpoint(registry, gateway),
             "Create a completion, in the gateway's way of streaming",
             "create_gateway_completion",
-            CompletionRequest,
-            CompletionResponse,
+            *completions,
         ),
         Route(
             "/v1/chat/completions",
@@ -128,6 +127,12 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             InfillRequest,
             InfillResponse,
         ),
+        *_tokenizer_routes(registry, options),
+    ]
+
+
+def _tokenizer_routes(registry: Registry, options: EndpointOptions) -> list[Route]:
+    return [
         Route(
             "/tokenize",
             TokenizerEndpoint(registry, options, tokenize),

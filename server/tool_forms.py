@@ -6,7 +6,9 @@ import re
 
 import msgspec
 
-from tokenmill.server.tool_parser import BareParser, DeepSeekParser, HermesParser, MistralParser, ToolParser
+from tokenmill.server.tool_bare import BareParser
+from tokenmill.server.tool_markers import DeepSeekParser, HermesParser, MistralParser
+from tokenmill.server.tool_parser import ToolParser
 
 
 class Wrapping(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,9 +104,6 @@ JSON = ToolForm(
     markers=(BareParser.TAG,),
     wrapping=Wrapping(before=_OBJECT, after="}", between="\n"),
 )
-
-FORM_NAMES = ("hermes", "llama3", "mistral", "deepseek", "json")
-"""What an entry's `tool_parser` may name beside `auto`."""
 
 
 def choose_form(name: str, template: str) -> ToolForm:

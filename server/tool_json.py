@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from typing import Protocol
 
 CLOSING = {"{": "}", "[": "]"}
@@ -106,9 +107,11 @@ class Scanner(Protocol):
     """Whether it is sure to be a call: its name is known and its arguments have begun."""
     done: bool
     failed: bool
+    left: str
+    """What was read and stands behind the call's end, or behind what showed that it was none."""
 
     def feed(self, text: str) -> int:
-        """Read; how many characters belong to the call."""
+        """Read; how many characters were read."""
 
     def take(self) -> str:
         """Arguments that nobody has taken yet. Only once `started`."""
@@ -120,6 +123,7 @@ class ArgumentsScanner:
     def __init__(self, name: str) -> None:
         self.name: str | None = name
         self.started = self.done = self.failed = False
+        self.left = ""
         self._value = ValueScanner()
         self._pieces: list[str] = []
 
@@ -150,9 +154,10 @@ class CallScanner:
     `names` are the functions that there are, where only they make an object a call; else any name does.
     """
 
-    def __init__(self, names: frozenset[str] | None = None) -> None:
+    def __init__(self, names: Container[str] | None = None) -> None:
         self.name: str | None = None
         self.started = self.done = self.failed = False
+        self.left = ""
         self._names = names
         self._level = 0
         self._expects = "object"

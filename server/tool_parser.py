@@ -5,18 +5,18 @@
                  └── it was none ──┘   (its text is content after all)
 
 Whatever pieces the text comes in, the result is the same, and nothing of the markup is content. Blanks around
-calls are dropped. Each form of markup is a parser of its own; `tool_forms.py` chooses.
+calls are dropped. Each form of markup is a parser of its own (`tool_markers.py`,
+`tool_bare.py`); `tool_forms.py` chooses.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
-from tokenmill.server.chat_markup import TrailingBlanks, cut, partial
-from tokenmill.server.tool_json import FUNCTION_NAME, ArgumentsScanner, CallScanner, Scanner
+from tokenmill.server.chat_markup import TrailingBlanks
+from tokenmill.server.tool_json import CallScanner, Scanner
 
 
 class CallPiece(msgspec.Struct, frozen=True):
@@ -28,16 +28,18 @@ class CallPiece(msgspec.Struct, frozen=True):
 
 
 Piece = str | CallPiece
+Functions = Mapping[str, Collection[str]]
+"""The functions that there are: their names, and of each the parameters that are strings."""
 
 
 class ToolParser:
     """What all forms share: the states, and what happens between content and calls.
 
-    `names` are the functions that there are. Past `limit` calls everything is dropped.
+    `functions` are those that there are. Past `limit` calls everything is dropped.
     """
 
-    def __init__(self, names: frozenset[str], limit: int | None = None) -> None:
-        self.names = names
+    def __init__(self, functions: Functions, limit: int | None = None) -> None:
+        self.functions = functions
         self.calls = 0
         """Calls begun so far."""
         self._limit = limit
@@ -109,8 +111,9 @@ class ToolParser:
         taken = self._scanner.feed(self._buffer)
         if not self._scanner.started:
             self._raw.append(self._buffer[:taken])
-        self._buffer = self._buffer[taken:]
+        self._buffer = self._scanner.left + self._buffer[taken:]
         if self._scanner.failed:
+            self._raw = ["".join(self._raw).removesuffix(self._scanner.left)]
             self._give_back()
             return True
         if self._scanner.started:
@@ -140,279 +143,3 @@ class ToolParser:
     def _drop(self) -> bool:
         self._buffer = ""
         return False
-
-
-class HermesParser(ToolParser):
-    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others."""
-
-    OPEN = "<tool_call>"
-    CLOSE = "</tool_call>"
-
-    def _content(self) -> bool:
-        text, marker, self._buffer = cut(self._buffer, [self.OPEN])
-        self._say(text)
-        if marker is None:
-            return False
-        self._raw.append(marker)
-        self._begin(CallScanner())
-        return True
-
-    def _after(self) -> bool:
-        # A brace too many is a slip that small models make.
-        if not self._skip(" \t\r\n}"):
-            return False
-        closed = self._accept(self.CLOSE)
-        if closed is not None:
-            self._state = self._content
-        return closed is not None
-
-
-class MistralParser(ToolParser):
-    """`[TOOL_CALLS]` before a JSON list of calls, or before each `name[ARGS]{…}` (newer models)."""
-
-    OPEN = "[TOOL_CALLS]"
-    IDENTIFIER = "[CALL_ID]"
-    ARGUMENTS = "[ARGS]"
-
-    def __init__(self, names: frozenset[str], limit: int | None = None) -> None:
-        super().__init__(names, limit)
-        self._listed = False
-
-    def _content(self) -> bool:
-        text, marker, self._buffer = cut(self._buffer, [self.OPEN])
-        self._say(text)
-        if marker is None:
-            return False
-        self._raw.append(marker)
-        self._state = self._form
-        return True
-
-    def _form(self) -> bool:
-        """Behind the marker: a list, or a name."""
-        if not self._skip(" \t\r\n"):
-            return False
-        self._listed = self._buffer[0] == "["
-        if self._listed:
-            self._raw.append("[")
-            self._buffer = self._buffer[1:]
-        if self._listed or self._buffer[:1] == "{":
-            self._begin(CallScanner())
-        else:
-            self._state = self._head
-        return True
-
-    def _head(self) -> bool:
-        """The name, and with some models the call's id, up to the arguments."""
-        head, marker, rest = cut(self._buffer, [self.ARGUMENTS, "{", "\n", " "])
-        if marker is None:
-            return False
-        name = head.split(self.IDENTIFIER)[0]
-        self._raw.append(head)
-        if marker == self.ARGUMENTS:
-            self._raw.append(marker)
-        else:
-            rest = marker + rest
-        self._buffer = rest
-        if FUNCTION_NAME.fullmatch(name):
-            self._begin(ArgumentsScanner(name))
-        else:
-            self._give_back()
-        return True
-
-    def _after(self) -> bool:
-        if not self._listed:
-            self._state = self._content
-            return True
-        if not self._skip(" \t\r\n"):
-            return False
-        following = self._buffer[0]
-        if following in ",]":
-            self._buffer = self._buffer[1:]
-        if following == ",":
-            self._begin(CallScanner())
-        else:
-            self._state = self._content
-        return True
-
-
-class DeepSeekParser(ToolParser):
-    """DeepSeek's markers around each call: `name⟨sep⟩{…}`, or `function⟨sep⟩name` and a fenced block."""
-
-    ALL = "<｜tool▁calls▁begin｜>"
-    ALL_END = "<｜tool▁calls▁end｜>"
-    OPEN = "<｜tool▁call▁begin｜>"
-    SEPARATOR = "<｜tool▁sep｜>"
-    CLOSE = "<｜tool▁call▁end｜>"
-
-    def __init__(self, names: frozenset[str], limit: int | None = None) -> None:
-        super().__init__(names, limit)
-        self._kind = ""
-
-    def _content(self) -> bool:
-        text, marker, self._buffer = cut(self._buffer, [self.ALL, self.ALL_END, self.OPEN])
-        self._say(text)
-        if marker == self.OPEN:
-            self._raw.append(marker)
-            self._state = self._head
-        return marker is not None
-
-    def _head(self) -> bool:
-        head, marker, rest = cut(self._buffer, [self.SEPARATOR])
-        if marker is None:
-            return False
-        self._raw += [head, marker]
-        self._kind, self._buffer = head.strip(), rest
-        self._state = self._body
-        return True
-
-    def _body(self) -> bool:
-        """Behind the separator: the arguments, or name and fence before them."""
-        head, marker, rest = cut(self._buffer, ["{"])
-        if marker is None:
-            return False
-        self._raw.append(head)
-        self._buffer = marker + rest
-        name = head.strip().split("\n")[0].strip() or self._kind
-        if FUNCTION_NAME.fullmatch(name):
-            self._begin(ArgumentsScanner(name))
-        else:
-            self._give_back()
-        return True
-
-    def _after(self) -> bool:
-        if not self._skip(" \t\r\n`"):
-            return False
-        closed = self._accept(self.CLOSE)
-        if closed is not None:
-            self._state = self._content
-        return closed is not None
-
-
-class BareParser(ToolParser):
-    """Calls as JSON objects at the beginning of a line, alone, in a list or in a fenced block.
-
-    Only an object with the name of a function that there is, and with arguments, is a call: other JSON is
-    content. Behind Llama 3's `<|python_tag|>` any name is.
-    """
-
-    TAG = "<|python_tag|>"
-    _TRIGGER = re.compile(r"<\|python_tag\|>|(?m:^)[ \t]*(?P<json>```|[{\[])")
-    _HALF_FENCE = re.compile(r"(?m:^)[ \t]*(`{1,2})\Z")
-
-    def __init__(self, names: frozenset[str], limit: int | None = None) -> None:
-        super().__init__(names, limit)
-        self._line_begins = True
-        self._listed = self._fenced = self._tagged = False
-
-    def _content(self) -> bool:
-        # A letter stands for what the line has already.
-        before = "" if self._line_begins else "x"
-        probe = before + self._buffer
-        match = self._TRIGGER.search(probe)
-        if match is None:
-            half = self._HALF_FENCE.search(probe)
-            end = half.start(1) if half else len(probe) - partial(self._buffer, [self.TAG])
-            self._buffer = probe[end:]
-            self._tell(probe[len(before) : end])
-            return False
-        start = match.start() if match["json"] is None else match.start("json")
-        self._buffer = probe[match.end() :]
-        self._tell(probe[len(before) : start])
-        self._listed = self._fenced = False
-        self._tagged = match["json"] is None
-        if self._tagged:
-            self._state = self._behind_tag
-        elif match["json"] == "```":
-            self._raw.append("```")
-            self._state = self._fence
-        else:
-            self._open(match["json"])
-        return True
-
-    def _tell(self, text: str) -> None:
-        line = text.rpartition("\n")
-        if line[1]:
-            self._line_begins = True
-        self._line_begins = self._line_begins and not line[2].strip()
-        self._say(text)
-
-    def _give_back(self) -> None:
-        raw = "".join(self._raw)
-        self._raw.clear()
-        self._tell(raw)
-        self._state = self._content
-
-    def _behind_tag(self) -> bool:
-        """JSON behind the tag is a call; anything else (code) is content, without the tag."""
-        if not self._skip(" \t\r\n"):
-            return False
-        if self._buffer[0] in "{[":
-            opening, self._buffer = self._buffer[0], self._buffer[1:]
-            self._open(opening)
-        else:
-            self._state = self._content
-        return True
-
-    def _fence(self) -> bool:
-        """Behind the backticks: the block's language."""
-        language, marker, rest = cut(self._buffer, ["\n"])
-        if marker is None:
-            return False
-        self._raw += [language, marker]
-        self._buffer = rest
-        if language.strip() in ("", "json"):
-            self._fenced = True
-            self._state = self._block
-        else:
-            self._give_back()
-        return True
-
-    def _block(self) -> bool:
-        """The first thing in a fenced block."""
-        blanks = len(self._buffer) - len(self._buffer.lstrip())
-        self._raw.append(self._buffer[:blanks])
-        self._buffer = self._buffer[blanks:]
-        if not self._buffer:
-            return False
-        if self._buffer[0] in "{[":
-            opening, self._buffer = self._buffer[0], self._buffer[1:]
-            self._open(opening)
-        else:
-            self._give_back()
-        return True
-
-    def _open(self, bracket: str) -> None:
-        self._listed = bracket == "["
-        if self._listed:
-            self._raw.append(bracket)
-        else:
-            self._buffer = bracket + self._buffer
-        self._begin(self._new_scanner())
-
-    def _new_scanner(self) -> CallScanner:
-        return CallScanner(None if self._tagged else self.names)
-
-    def _after(self) -> bool:
-        if not self._skip(" \t\r\n"):
-            return False
-        following = self._buffer[0]
-        if following in (",;]" if self._listed else ",;"):
-            self._buffer = self._buffer[1:]
-            self._listed = self._listed and following != "]"
-            return True
-        if following == "{":
-            self._begin(self._new_scanner())
-            return True
-        if self._fenced:
-            fence = self._accept("```")
-            if fence is None:
-                return False
-        self._line_begins = True
-        self._state = self._content
-        return True
-
-    def _at_end(self) -> None:
-        """JSON that was never a call is content; a marker that never came was text."""
-        if self._raw:
-            self._give_back()
-        super()._at_end()

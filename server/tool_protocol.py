@@ -74,8 +74,9 @@ class ToolSet(msgspec.Struct, frozen=True):
     """Whether it may call several."""
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(tool.function.name for tool in self.tools)
+    def functions(self) -> dict[str, frozenset[str]]:
+        """The functions by name, and of each the parameters that are strings."""
+        return {tool.function.name: _strings(tool.function.parameters or {}) for tool in self.tools}
 
 
 def read_tools(request: SamplingFields) -> ToolSet | None:
@@ -93,6 +94,17 @@ def read_tools(request: SamplingFields) -> ToolSet | None:
         required=request.tool_choice not in (None, "auto"),
         # A named function is called once.
         parallel=named is None and request.parallel_tool_calls is not False,
+    )
+
+
+def _strings(schema: dict[str, Any]) -> frozenset[str]:
+    """The properties of an object that may be strings."""
+    properties = schema.get("properties", {})
+    kinds = {name: field.get("type") for name, field in properties.items() if isinstance(field, dict)}
+    return frozenset(
+        name
+        for name, kind in kinds.items()
+        if kind == "string" or (isinstance(kind, list) and "string" in kind)
     )
 
 

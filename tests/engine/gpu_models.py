@@ -7,6 +7,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from checkpoints import tiny
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.cuda_graph import record
 

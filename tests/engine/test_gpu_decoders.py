@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from gpu_models import FULL, GREEDY, PROMPTS, SEEDED, make, on_cpu, texts
+
 from tokenmill.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -32,7 +32,7 @@ def test_drafts_change_nothing(plain: LLM) -> None:
 def test_forks_and_preemption(plain: LLM) -> None:
     three = SamplingParams(temperature=1, seed=2, n=3, max_tokens=4, ignore_eos=True)
     expected = [choice.token_ids for choice in plain.generate([PROMPTS[0]], three)[0].choices]
-    llm = make(True, num_blocks=4, overlap=True)
+    llm = make(True, num_blocks=6, overlap=True)
     choices = llm.generate([PROMPTS[0]], three)[0].choices
     assert [choice.token_ids for choice in choices] == expected
 

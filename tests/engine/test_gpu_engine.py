@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from checkpoints import eager_model
 from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, on_cpu, texts
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.cuda_graph import record
 from tokenmill.engine.messages import Add

@@ -17,7 +17,7 @@ import msgspec
 from fake_engine import BLOCK_SIZE, FakeEngine, Sequence, logprob, make_tokenizer, top
 from tokenizers import Tokenizer
 
-from tokenmill.engine.messages import Add, Delta, Ready, Start
+from tokenmill.engine.messages import Add, Delta, PromptLogprobs, Ready, Start
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<think>"]
 ADDED = ["<tool_call>", "</tool_call>", "</think>"]
@@ -73,6 +73,13 @@ class ScriptedSequence(Sequence):
         token = said[position] if position < len(said) else EOS
         delta = Delta(self.add.request, self.choice, [token])
         self.made.append(token)
+        if position == 0 and self.choice == 0 and params.prompt_logprobs is not None:
+            scored = list(enumerate(self.add.prompt))[1:]
+            delta.prompt_logprobs = PromptLogprobs(
+                1,
+                [logprob(token, place) for place, token in scored],
+                [top(token, place, params.prompt_logprobs) for place, token in scored],
+            )
         if params.logprobs is not None:
             delta.logprobs = [logprob(token, position)]
             delta.top = [top(token, position, params.logprobs)]

@@ -68,7 +68,7 @@ def test_chunks_have_openais_shape(chat_server: LiveServer) -> None:
 
 def test_usage_only_when_asked_for(chat_server: LiveServer) -> None:
     assert all("usage" not in part for part in chunks(chat_server, messages=says("a")))
-    options = {"continuous_usage_stats": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [
         part["usage"]["completion_tokens"]
         for part in chunks(chat_server, messages=says("abc"), stream_options=options)
@@ -243,6 +243,18 @@ def test_token_ids_when_asked_for(chat_server: LiveServer) -> None:
     first, *rest = chunks(chat_server, messages=says("ab"), return_token_ids=True)
     assert first["prompt_token_ids"] == body["prompt_token_ids"]
     assert [token for part in rest for token in part["choices"][0]["token_ids"]] == ids
+
+
+def test_prompts_log_probabilities(chat_server: LiveServer) -> None:
+    fields: dict[str, Any] = {"messages": says("ab"), "prompt_logprobs": 2}
+    body = chat(chat_server, **fields)
+    first, *scored = body["prompt_logprobs"]
+    assert first is None
+    assert len(scored) == body["usage"]["prompt_tokens"] - 1
+    assert all(len(row) in (2, 3) for row in scored)
+    begin, *rest = chunks(chat_server, **fields)
+    assert begin["prompt_logprobs"] == body["prompt_logprobs"]
+    assert all("prompt_logprobs" not in part for part in rest)
 
 
 def test_thoughts_are_kept_apart(chat_server: LiveServer) -> None:

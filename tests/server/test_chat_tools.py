@@ -22,6 +22,8 @@ from chat_live import (
     says,
     user,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from live_server import LiveServer
 
 ARGUMENTS = '{"city": "Paris"}'
@@ -175,6 +177,18 @@ def test_earlier_calls_must_have_arguments_that_a_template_can_read(chat_server:
         assert "arguments" in given
 
 
+def test_values_in_tags_have_the_types_of_the_schema(chat_server: LiveServer) -> None:
+    properties = {"zip": {"type": "string"}, "days": {"type": "integer"}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": properties}},
+    }
+    values = "<parameter=zip>\n01069\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+    written = f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>"
+    answer = message(chat_server, "hermes", messages=says(written), tools=[tool])
+    assert functions(answer) == [("f", '{"zip": "01069", "days": 3}')]
+
+
 def test_none_offers_no_tools(chat_server: LiveServer) -> None:
     fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "none"}
     assert "get_weather" not in prompt(chat_server, "hermes", messages=user("«PROMPT»"), **fields)
@@ -315,3 +329,30 @@ def test_openai_client_calls_tools(chat_server: LiveServer) -> None:
             final = stream.get_final_completion()
         assert final.choices[0].message.tool_calls[0].function.name == "get_weather"
         assert final.choices[0].finish_reason == "tool_calls"
+
+
+PARTS = st.sampled_from(
+    [*WRITTEN.values(), "<think>", "</think>", "text", " ", "\n", "{", "}", "[", "`", "<", "é"]
+)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(PARTS, max_size=4), st.sampled_from([*WRITTEN, "thinking"]), st.booleans(), st.integers(1, 200)
+)
+def test_streamed_answer_equals_its_plain_twin(
+    chat_server: LiveServer, parts: list[str], kind: str, parallel: bool, length: int
+) -> None:
+    fields: dict[str, Any] = {
+        "messages": says("".join(parts)),
+        "tools": TOOLS,
+        "parallel_tool_calls": parallel,
+        "max_tokens": length,
+    }
+    plain = choice(chat_server, kind, **fields)
+    streamed = assembled(chunks(chat_server, kind, **fields))
+    whole = plain["message"]
+    assert functions(streamed) == functions(whole)
+    assert (streamed["content"] or "") == (whole["content"] or "")
+    assert streamed.get("reasoning_content") == whole.get("reasoning_content")
+    assert streamed["finish_reason"] == plain["finish_reason"]

@@ -11,7 +11,6 @@ from tokenmill.server.config import TOOL_PARSERS, FimMarkup, engine_config
 from tokenmill.server.config_file import ConfigError, load_config, parse_config
 from tokenmill.server.fim_presets import PRESETS
 from tokenmill.server.plan import make_plan
-from tokenmill.server.tool_forms import FORM_NAMES
 
 FULL = """
 version: 1
@@ -121,8 +120,10 @@ def test_every_preset_may_be_named(name: str) -> None:
     assert make_plan(config).variants["a/b"].fim == name
 
 
-def test_tool_parsers_are_those_that_there_are() -> None:
-    assert TOOL_PARSERS == FORM_NAMES
+@pytest.mark.parametrize("name", ["auto", *TOOL_PARSERS])
+def test_every_tool_parser_may_be_named(name: str) -> None:
+    config = parse_config(f"models: {{a/b: {{source: x, tool_parser: {name}}}}}")
+    assert make_plan(config).variants["a/b"].tool_parser == name
 
 
 def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:

@@ -37,6 +37,7 @@ models:
     max_context: 256
     deployments:
       rerank: {suffix: rerank}
+      few: {suffix: rerank, limits: {max_best_of: 3, max_prompts: 7}}
 """
 
 
@@ -197,8 +198,22 @@ def test_ranking_where_candidates_can_not_differ(fim: LiveServer) -> None:
 
 
 def test_ranking_needs_room_for_the_suffix(fim: LiveServer) -> None:
-    response = fim.complete(model="toy/plain/rerank", prompt="a" * 100, suffix="b" * 100, max_tokens=100)
-    assert response.json()["error"]["code"] == "context_length_exceeded"
+    fields = {"model": "toy/plain/rerank", "prompt": "a" * 100}
+    error = fim.complete(**fields, suffix="b" * 100, max_tokens=100).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "100 in the suffix" in error["message"]
+    error = fim.complete(**fields, suffix="b" * 100_000).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "suffix")
+    rest = {"model": "toy/plain/rerank", "prompt": "a" * 100, "suffix": "b" * 100}
+    body = fim.client.post("/v1/fim/completions", json={**rest, "temperature": 0}).json()
+    assert body["usage"]["completion_tokens"] == 256 - 101 - 100
+
+
+def test_candidates_stay_within_the_limits_of_the_entry(fim: LiveServer) -> None:
+    fields = {"model": "toy/plain/few", "suffix": "x", "max_tokens": 2}
+    assert fim.complete(**fields, prompt="abc").json()["usage"]["completion_tokens"] == 3 * 2
+    assert fim.complete(**fields, prompt=["abc"] * 3).json()["usage"]["completion_tokens"] == 3 * 2 * 2
+    assert fim.complete(**fields, prompt=["abc"] * 7).json()["usage"]["completion_tokens"] == 7 * 2
 
 
 def with_tokens(*tokens: str, special: bool = True) -> TokenizerInfo:

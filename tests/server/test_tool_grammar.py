@@ -100,7 +100,7 @@ UNMARKED = Model(PLAIN)
 
 def calls_in(form: ToolForm, text: str, limit: int | None = None) -> list[tuple[str, Any]]:
     """The calls that the form's parser reads, which must be all that there is."""
-    read = ChatText(None, form.parser(frozenset(SCHEMAS), limit))
+    read = ChatText(None, form.parser(dict.fromkeys(SCHEMAS, ()), limit))
     read.feed(text)
     read.finish()
     assert read.message()["content"] is None, text

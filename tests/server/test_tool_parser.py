@@ -10,17 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmill.server.chat_text import ChatText
+from tokenmill.server.config import TOOL_PARSERS
 from tokenmill.server.reasoning import ReasoningParser, Tags
+from tokenmill.server.tool_bare import BareParser
 from tokenmill.server.tool_forms import choose_form
-from tokenmill.server.tool_parser import (
-    BareParser,
-    DeepSeekParser,
-    HermesParser,
-    MistralParser,
-    ToolParser,
-)
+from tokenmill.server.tool_markers import DeepSeekParser, HermesParser, MistralParser
+from tokenmill.server.tool_parser import ToolParser
 
-NAMES = frozenset(["f", "g"])
+NAMES = {"f": frozenset(["city"]), "g": frozenset[str]()}
 PARIS = '{"city": "Paris"}'
 NESTED = '{"a": {"b": [1, "}]", {"c": "\\"<"}]}, "d": null}'
 Calls = list[tuple[str, str]]
@@ -46,6 +43,11 @@ G = ("g", NESTED)
 
 def hermes(name: str, arguments: str, key: str = "arguments") -> str:
     return f'<tool_call>\n{{"name": "{name}", "{key}": {arguments}}}\n</tool_call>'
+
+
+def tagged(name: str, **values: str) -> str:
+    parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
 def deepseek(name: str, arguments: str) -> str:
@@ -84,6 +86,19 @@ CASES: list[tuple[type[ToolParser], str, str, Calls]] = [
     (HermesParser, "<tool_call>what?</tool_call>", "<tool_call>what?</tool_call>", []),
     (HermesParser, "<tool_call>[1]</tool_call> x", "<tool_call>[1]</tool_call> x", []),
     (HermesParser, f"<tool_call>{hermes(*F)}", "<tool_call>", [F]),
+    # Tags inside the tags, as later Qwen models write them.
+    (HermesParser, tagged("f", city="Paris"), "", [F]),
+    (HermesParser, f"Hm.\n{tagged('f', city='Paris')}\n{tagged('h')}\n", "Hm.", [F, ("h", "{}")]),
+    (
+        HermesParser,
+        tagged("f", city="5", days="5", on="True", text="a\n<b>", list='["]"]'),
+        "",
+        [("f", '{"city": "5", "days": 5, "on": true, "text": "a\\n<b>", "list": ["]"]}')],
+    ),
+    (HermesParser, "<tool_call>\n<function=f>\n<parameter=city>\nPar", "", [("f", "")]),
+    (HermesParser, "<tool_call><function=f></tool_call>", "", [("f", "{}")]),
+    (HermesParser, "<tool_call> <function f>", "<tool_call> <function f>", []),
+    (HermesParser, "<tool_call>\n<function=a b\n>", "<tool_call>\n<function=a b\n>", []),
     # Llama 3 and the generic form.
     (BareParser, f'{{"name": "f", "parameters": {PARIS}}}', "", [F]),
     (BareParser, f'<|python_tag|>{{"name": "x", "parameters": {PARIS}}}', "", [("x", PARIS)]),
@@ -224,6 +239,7 @@ def test_form_is_read_from_the_template(template: str, name: str) -> None:
 
 
 def test_form_by_name() -> None:
+    assert [choose_form(name, "").name for name in TOOL_PARSERS] == list(TOOL_PARSERS)
     assert choose_form("hermes", "[TOOL_CALLS]").name == "hermes"
     assert choose_form("mistral", "[TOOL_CALLS][ARGS]").wrapping.start == ""
     assert choose_form("mistral", "[TOOL_CALLS]").wrapping.end == "]"

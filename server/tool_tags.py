@@ -1,0 +1,118 @@
+"""Calls in tags, as Qwen3-Coder and later Qwen models write them, read as they come.
+
+    <function=NAME>
+    <parameter=KEY>
+    VALUE
+    </parameter>
+    </function>
+
+A value is text where the function's schema says string; any other is JSON. The arguments, an object, grow by
+one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from tokenmill.server.chat_markup import cut
+from tokenmill.server.tool_json import FUNCTION_NAME
+
+FUNCTION = "<function="
+FUNCTION_END = "</function>"
+PARAMETER = "<parameter="
+PARAMETER_END = "</parameter>"
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+class TagScanner:
+    """Reads one call. `functions`: of each function the parameters that are strings."""
+
+    def __init__(self, functions: Mapping[str, Collection[str]]) -> None:
+        self.name: str | None = None
+        self.started = self.done = self.failed = False
+        self.left = ""
+        self._functions = functions
+        self._buffer = ""
+        self._key: str | None = None
+        self._empty = True
+        self._pieces: list[str] = []
+
+    def feed(self, text: str) -> int:
+        self._buffer += text
+        while not (self.done or self.failed) and self._advance():
+            pass
+        if self.done or self.failed:
+            self.left, self._buffer = self._buffer, ""
+        return len(text)
+
+    def take(self) -> str:
+        pieces, self._pieces = self._pieces, []
+        return "".join(pieces)
+
+    def _advance(self) -> bool:
+        """Read one tag or value; False when more text is needed."""
+        if self._key is not None:
+            return self._read_value(self._key)
+        self._buffer = self._buffer.lstrip()
+        for tag in (PARAMETER, FUNCTION_END) if self.started else (FUNCTION,):
+            if self._buffer.startswith(tag):
+                return self._read_tag(tag)
+            if tag.startswith(self._buffer):
+                return False
+        if self.started:
+            self._end()
+        else:
+            self.failed = True
+        return True
+
+    def _read_tag(self, tag: str) -> bool:
+        rest = self._buffer[len(tag) :]
+        if tag == FUNCTION_END:
+            self._buffer = rest
+            self._end()
+            return True
+        name, marker, behind = cut(rest, [">", "\n"])
+        if marker is None:
+            return False
+        self._buffer = behind
+        if tag == PARAMETER:
+            self._key = name.strip()
+        elif marker == ">" and FUNCTION_NAME.fullmatch(name.strip()):
+            self.name = name.strip()
+            self.started = True
+        else:
+            self.failed = True
+        return True
+
+    def _read_value(self, key: str) -> bool:
+        value, marker, behind = cut(self._buffer, [PARAMETER_END])
+        if marker is None:
+            return False
+        self._buffer = behind
+        self._key = None
+        opening = "{" if self._empty else ", "
+        self._empty = False
+        written = self._written(key, value.removeprefix("\n").removesuffix("\n"))
+        self._pieces.append(f"{opening}{_text(key)}: {written}")
+        return True
+
+    def _written(self, key: str, value: str) -> str:
+        """The JSON of a value."""
+        if key in self._functions.get(self.name or "", ()):
+            return _text(value)
+        plain = value.strip()
+        try:
+            parsed = msgspec.json.decode(_PYTHON.get(plain, plain))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return _text(value)
+        return msgspec.json.encode(parsed).decode()
+
+    def _end(self) -> None:
+        self._pieces.append("{}" if self._empty else "}")
+        self.done = True
+
+
+def _text(value: str) -> str:
+    return msgspec.json.encode(value).decode()
