@@ -169,9 +169,7 @@ class TapedDecoder:
         return logits if out is None else out.copy_(logits)
 
 
-def record(
-    decoder: Decoder, caches: list[tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> TapedDecoder | None:
+def record(decoder: Decoder, caches: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> TapedDecoder | None:
     """The decoder as a tape over these caches; None where it does what no tape can."""
     recorder = tape.Tape(dtype)
 

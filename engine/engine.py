@@ -52,7 +52,7 @@ class Engine:
         *,
         model: LoadedModel | None = None,
     ) -> None:
-        """Load the model, or take over a loaded one, and allocate its cache. Raises `loader.LoadError` with one line."""
+        """Load the model, or take over a loaded one, and allocate its cache; raises `loader.LoadError`, one line."""
         began = time.perf_counter()
         self.config = config
         self.model: LoadedModel = load(config, progress) if model is None else model
@@ -105,7 +105,10 @@ class Engine:
         if params.grammar is None:
             self.scheduler.add(first)
         else:
-            self._compiling[first] = (self._grammars.compile(params.grammar), time.monotonic() + COMPILE_SECONDS)
+            self._compiling[first] = (
+                self._grammars.compile(params.grammar),
+                time.monotonic() + COMPILE_SECONDS,
+            )
 
     def _admit_compiled(self) -> None:
         """Queue the requests whose grammars are ready, refuse those whose can't be compiled (in time)."""
@@ -119,7 +122,9 @@ class Engine:
                 self._start_grammar(first, future)
             elif time.monotonic() > deadline:
                 del self._compiling[first]
-                self._fail(first, f"the grammar took longer than {COMPILE_SECONDS} s to compile", invalid=True)
+                self._fail(
+                    first, f"the grammar took longer than {COMPILE_SECONDS} s to compile", invalid=True
+                )
 
     def _start_grammar(self, first: Sequence, future: Future[Matcher]) -> None:
         grammar, error = first.params.grammar, future.exception()
@@ -343,11 +348,11 @@ class Engine:
         alone = self.scheduler.suspects[0] if self.scheduler.suspects else None
         for step in steps:
             self.scheduler.rewind(step)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            if self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
-                self.scheduler.max_batch_tokens //= 2
-                self.scheduler.suspects.clear()
-                return
+        too_large = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if too_large and self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
+            self.scheduler.max_batch_tokens //= 2
+            self.scheduler.suspects.clear()
+            return
         if alone is not None:
             self._fail(alone, f"the step failed: {type(error).__name__}")
 

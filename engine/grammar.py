@@ -108,7 +108,9 @@ class GrammarCompiler:
         if self._tokenizer is None:
             text, width, eos_ids = self._source
             self._tokenizer = LLTokenizer(text, n_vocab=width, eos_token=eos_ids or None)
-        matcher = LLMatcher(self._tokenizer, to_llguidance(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
+        matcher = LLMatcher(
+            self._tokenizer, to_llguidance(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False)
+        )
         found = Matcher(matcher)
         if not found.error:
             # The first mask shows what the limits say of it, while there is still a request to refuse.
@@ -127,7 +129,9 @@ def to_llguidance(grammar: Grammar) -> str:
     from llguidance.gbnf_to_lark import any_to_lark
 
     if len(grammar.text) > MAX_TEXT:
-        raise GrammarError(f"a {grammar.kind} of {len(grammar.text)} characters is over the limit of {MAX_TEXT}")
+        raise GrammarError(
+            f"a {grammar.kind} of {len(grammar.text)} characters is over the limit of {MAX_TEXT}"
+        )
     _check_depth(grammar)
     try:
         if grammar.kind == "json_schema":

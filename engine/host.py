@@ -174,7 +174,9 @@ class Host:
                 reported = now
 
     def _take_messages(self, engine: Engine) -> None:
-        for message in self._waiting_messages(block=not (engine.has_work or engine.warming or self._draining)):
+        for message in self._waiting_messages(
+            block=not (engine.has_work or engine.warming or self._draining)
+        ):
             if isinstance(message, Add):
                 self._add(engine, message)
             elif isinstance(message, Abort):

@@ -79,8 +79,8 @@ class LLM:
         """Answer all prompts (texts or token ids), in their order.
 
         One `params` serves all prompts, or give one each. `predictions`, one for each prompt, are outputs that
-        you expect: they make the decoding quicker where they are right and change nothing else. `progress` None shows a bar on a terminal. Raises
-        `engine.InvalidRequest` when a prompt or setting doesn't fit the model.
+        you expect: they make the decoding quicker where they are right and change nothing else. `progress` None
+        shows a bar on a terminal. Raises `engine.InvalidRequest` when a prompt or setting doesn't fit the model.
         """
         batch = _as_batch(prompts)
         settings = _spread(params, len(batch))

@@ -32,7 +32,9 @@ def size_of(module: Any, text_config: object) -> ModelSize:
             experts, expert_bytes = experts + size, expert_bytes + size * weight.element_size()
         else:
             dense, dense_bytes = dense + size, dense_bytes + size * weight.element_size()
-    return ModelSize(dense, dense_bytes, experts, expert_bytes, _expert_share(text_config) if experts else 1.0)
+    return ModelSize(
+        dense, dense_bytes, experts, expert_bytes, _expert_share(text_config) if experts else 1.0
+    )
 
 
 def _input_embedding(module: Any) -> Tensor | None:

@@ -1,7 +1,8 @@
 """From logits to tokens, in the order that the API promises:
 
     raw logits ──▶ log-probabilities
-        └ bias → repetition → presence, frequency → min_tokens, grammar → temperature → min_p → top_k → top_p → Gumbel-max
+        └ bias → repetition → presence, frequency → min_tokens, grammar
+               → temperature → min_p → top_k → top_p → Gumbel-max
 
 Each stage runs only when some row of the step wants it. The noise is a pure function of (seed, position, token
 id), so a row's draw depends on nothing but the row.

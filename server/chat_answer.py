@@ -54,6 +54,10 @@ class ChatAnswer:
     def whole(self) -> bytes:
         """The JSON of a finished generation."""
         choices = [self._whole_choice(choice) for choice in self._generation.returned()]
+        # Candidates that aren't returned count in the usage too, their thoughts included.
+        for choice in [choice for run in self._generation.runs for choice in run.choices]:
+            if choice not in self._texts:
+                self._text(choice).feed(choice.take_text())
         answer = {**self._head, **self._about_prompt(), "choices": choices, "usage": self._usage()}
         return _encode(answer)
 

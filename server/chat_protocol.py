@@ -79,7 +79,11 @@ class Message(Strict):
     )
     name: str | None = Field(None, max_length=256, description="The speaker's name.", examples=["ann"])
     tool_calls: list[ToolCall] | None = Field(
-        None, min_length=1, max_length=128, description="An assistant's calls.", examples=[[]]
+        None,
+        min_length=1,
+        max_length=128,
+        description="An assistant's calls.",
+        examples=[[{"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]],
     )
     tool_call_id: str | None = Field(
         None, max_length=256, description="The call that a tool's message answers.", examples=["call_1"]

@@ -77,9 +77,15 @@ class RopeStruct(ctypes.Structure):
     """`Rope` of src/rope.h; what a step brings is left empty."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("qkv", "cos", "sin", "positions", "slots", "k_cache", "v_cache", "query")),
+        *(
+            (name, c_void_p)
+            for name in ("qkv", "cos", "sin", "positions", "slots", "k_cache", "v_cache", "query")
+        ),
         *((name, c_void_p) for name in ("q_norm", "k_norm")),
-        *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "size", "value_size", "half", "block_size")),
+        *(
+            (name, c_int64)
+            for name in ("tokens", "heads", "kv_heads", "size", "value_size", "half", "block_size")
+        ),
         ("eps", c_float),
         ("offset", c_float),
         ("interleaved", c_int32),
@@ -147,9 +153,7 @@ class Tape:
             check(bias, "bias", (x.width,), self.dtype)
             self._held.append(bias)
         address = None if bias is None else bias.data_ptr()
-        return self._record(
-            LAYER_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, bias=address
-        )
+        return self._record(LAYER_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, bias=address)
 
     def activate(self, x: Value, activation: str) -> Value:
         return self._record(ACTIVATE, x.width, x, activation=ACTIVATIONS[activation])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from server_process import CONFIG, Server, serving
+
 from tokenmill.engine.tiny import make_tiny
 
 

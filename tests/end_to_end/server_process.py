@@ -57,7 +57,16 @@ def free_port() -> int:
 def serving(config: Path) -> Iterator[Server]:
     """A server with `config`, stopped at the end whatever happened."""
     port = free_port()
-    command = [sys.executable, "-m", "tokenmill.server.cli", "serve", "--config", str(config), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tokenmill.server.cli",
+        "serve",
+        "--config",
+        str(config),
+        "--port",
+        str(port),
+    ]
     process = subprocess.Popen(command, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", process)
     try:

@@ -10,7 +10,16 @@ import openai
 import pytest
 from server_process import SMOLLM2, TINY, Server
 
-PROMPTS = ["The mill", "Grain is", "Once upon a time", "def grind(", "Water turns the wheel", "1, 2, 3,", "a", "Über"]
+PROMPTS = [
+    "The mill",
+    "Grain is",
+    "Once upon a time",
+    "def grind(",
+    "Water turns the wheel",
+    "1, 2, 3,",
+    "a",
+    "Über",
+]
 
 
 def settings(number: int) -> dict[str, object]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from server_process import Server, serving
+
 from tokenmill.engine.tiny import make_tiny
 
 CANARY = {"model": "tiny/llama", "prompt": "The mill", "max_tokens": 24, "temperature": 0}
@@ -30,7 +31,9 @@ models:
 def alone(tmp_path: Path) -> Iterator[Server]:
     """A server of this test's own."""
     config = tmp_path / "models.yaml"
-    config.write_text(ONE_MODEL.format(tiny=make_tiny("llama", tmp_path / "tiny", max_position_embeddings=4096)))
+    config.write_text(
+        ONE_MODEL.format(tiny=make_tiny("llama", tmp_path / "tiny", max_position_embeddings=4096))
+    )
     with serving(config) as server:
         yield server
 
@@ -45,7 +48,10 @@ def canary(server: Server) -> str:
 def engine_of(server: Server) -> int:
     """The process id of the one engine."""
     found = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid), "-f", "engine.host"], capture_output=True, text=True, check=True
+        ["pgrep", "-P", str(server.process.pid), "-f", "engine.host"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(found.stdout.split()[0])
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from checkpoints import eager_model
 from torch import Tensor
 
-from checkpoints import eager_model
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.engine import Engine, InvalidRequest
 from tokenmill.engine.input_batch import StepInputs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 
 import jsonschema
 import pytest
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.grammar import MAX_DEPTH
 from tokenmill.engine.messages import Add
@@ -28,8 +28,8 @@ PROMPT = [20, 30, 40]
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    yield LLM(str(make_tiny("llama", tmp_path_factory.mktemp("grammar"))), max_context=512, num_blocks=400)
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(str(make_tiny("llama", tmp_path_factory.mktemp("grammar"))), max_context=512, num_blocks=400)
 
 
 def under(kind: str, text: str, **settings: object) -> SamplingParams:
@@ -74,7 +74,9 @@ def test_a_cut_text_is_a_legal_prefix(llm: LLM) -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_drafts_penalties_and_logprobs_under_a_grammar_change_nothing(llm: LLM, overlap: bool) -> None:
     llm.engine.overlap = overlap
-    params = under("json_schema", json.dumps(PERSON), logprobs=2, presence_penalty=0.5, repetition_penalty=1.1)
+    params = under(
+        "json_schema", json.dumps(PERSON), logprobs=2, presence_penalty=0.5, repetition_penalty=1.1
+    )
     alone = llm.generate([PROMPT], params)[0].choices[0]
     wrong = [*alone.token_ids[:5], 3, *alone.token_ids[5:]]
     crowd = [params, SamplingParams(seed=4, max_tokens=60, frequency_penalty=1.0), params]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from checkpoints import eager_model
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.tiny import make_tiny
 
@@ -69,9 +69,7 @@ def reference_texts(
 @pytest.mark.parametrize("model_type", TYPES)
 def test_greedy_equals_eager_recomputation(model_type: str, fused_decoder: bool, tmp_path: Path) -> None:
     folder = make_tiny(model_type, tmp_path / model_type)
-    llm = LLM(
-        str(folder), max_context=128, num_blocks=200, dtype="float32", fused_decoder=fused_decoder
-    )
+    llm = LLM(str(folder), max_context=128, num_blocks=200, dtype="float32", fused_decoder=fused_decoder)
     engine = llm.engine
     prompts = random_prompts(engine.model.logits_width)
     expected = reference_texts(eager_model(folder), prompts, engine.model.eos_ids)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.tiny import make_tiny
 

@@ -43,7 +43,9 @@ class Device:
             seen = [self.block(sequence, p)[p % SIZE] for p in range(len(history))]
             assert seen == history, "the cache doesn't hold what the sequence attends to"
             for sampler in chunk.samplers:
-                samples.append([next_token(history[:n], sampler.choice) for n in range(stop, len(history) + 1)])
+                samples.append(
+                    [next_token(history[:n], sampler.choice) for n in range(stop, len(history) + 1)]
+                )
         for source, target in step.copies:
             self.blocks[target] = list(self.blocks[source])
         return samples
@@ -94,10 +96,12 @@ class Loop:
         draws = iter(samples)
         for chunk in step.chunks:
             self.scheduler.commit(chunk.sequence, chunk.start + chunk.count - len(chunk.drafts))
-            if chunk.sequence.params.max_tokens == 0 and chunk.sequence.status is not Status.FINISHED:
-                if chunk.start + chunk.count == len(chunk.sequence.prompt):
-                    for child in [chunk.sequence, *self.scheduler.finish(chunk.sequence, "length")]:
-                        self.scheduler.finish(child, "length")
+            only_scored = (
+                chunk.sequence.params.max_tokens == 0 and chunk.sequence.status is not Status.FINISHED
+            )
+            if only_scored and chunk.start + chunk.count == len(chunk.sequence.prompt):
+                for child in [chunk.sequence, *self.scheduler.finish(chunk.sequence, "length")]:
+                    self.scheduler.finish(child, "length")
             for sampler in chunk.samplers:
                 tokens = next(draws)
                 if sampler.status is not Status.FINISHED:
@@ -140,7 +144,9 @@ def alone(prompt: list[int], choice: int, max_tokens: int) -> list[int]:
 
 def make_loop(blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True) -> Loop:
     pool = BlockPool(blocks, SIZE)
-    scheduler = Scheduler(pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache, draft_rows=12)
+    scheduler = Scheduler(
+        pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache, draft_rows=12
+    )
     return Loop(scheduler, overlap)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -32,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def llm(folder: str) -> Iterator[LLM]:
-    yield LLM(folder, max_context=128, num_blocks=300)
+def llm(folder: str) -> LLM:
+    return LLM(folder, max_context=128, num_blocks=300)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,8 +44,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    yield LLM(SOURCE, dtype="float32", max_context=2048)
+def llm() -> LLM:
+    return LLM(SOURCE, dtype="float32", max_context=2048)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,9 @@ def test_a_predicted_edit_is_the_same_text_in_fewer_steps(llm: LLM) -> None:
     template = llm.tokenizer.chat_template
     assert template is not None
     task = f"Copy the following text exactly, but write 'castle' instead of 'village'.\n\n{original}"
-    prompt = llm.tokenizer.encode(template.render([{"role": "user", "content": task}]), add_special_tokens=False)
+    prompt = llm.tokenizer.encode(
+        template.render([{"role": "user", "content": task}]), add_special_tokens=False
+    )
     params = SamplingParams(temperature=0, max_tokens=60)
     steps = [llm.engine.stats().step]
     texts = []

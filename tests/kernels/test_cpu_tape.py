@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenmill.kernels.cpu import attention, elementwise, linear, tape
 from torch import Tensor
+
+from tokenmill.kernels.cpu import attention, elementwise, linear, tape
 
 HIDDEN, HEADS, KV_HEADS, SIZE, VOCAB, INNER, BLOCK = 96, 6, 2, 16, 130, 200, 16
 DTYPES = [torch.bfloat16, torch.float32]
@@ -60,7 +61,11 @@ class Model:
             normed = elementwise.layer_norm(x, layer.norms[1], layer.bias, 1e-5)
             hidden = layer.down(layer.up(normed))
             hidden = elementwise.activate(elementwise.rms_norm(hidden, layer.norms[2], 1e-6), "gelu")
-            x = x + hidden * 0.5 if self.dtype is torch.float32 else (x.float() + hidden.float() * 0.5).to(x.dtype)
+            x = (
+                x + hidden * 0.5
+                if self.dtype is torch.float32
+                else (x.float() + hidden.float() * 0.5).to(x.dtype)
+            )
         return self.head(elementwise.rms_norm(x[step["logits_index"]], self.layers[0].norms[0], 1e-6))
 
     def recorded(self) -> tape.Tape:
@@ -77,7 +82,9 @@ class Model:
                 k_weight=layer.head_norm,
             )
             x = t.linear(layer.out, t.attend(query, *layer.caches, scale=0.25, window=9), x)
-            hidden = t.linear(layer.down, t.linear(layer.up, t.layer_norm(x, layer.norms[1], layer.bias, 1e-5)))
+            hidden = t.linear(
+                layer.down, t.linear(layer.up, t.layer_norm(x, layer.norms[1], layer.bias, 1e-5))
+            )
             hidden = t.activate(t.rms_norm(hidden, layer.norms[2], 1e-6), "gelu")
             x = t.scale_add(hidden, 0.5, x)
         t.seal(t.linear(self.head, t.rms_norm(t.pick(x), self.layers[0].norms[0], 1e-6)))

@@ -278,6 +278,12 @@ def test_thoughts_that_the_prompt_opens(chat_server: LiveServer) -> None:
     assert cut["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
 
 
+def test_thoughts_of_every_candidate_count(chat_server: LiveServer) -> None:
+    texts = "<think>Hm</think>a|||<think>Hm</think>b"
+    usage = chat(chat_server, "thinking", messages=says(texts), best_of=2)["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 2 * (1 + 2 + 1)
+
+
 def test_thoughts_in_a_continued_message(chat_server: LiveServer) -> None:
     messages = [*says("m.</think>Yes."), {"role": "assistant", "content": "<think>H"}]
     answer = message(chat_server, "thinking", messages=messages, continue_final_message=True)

@@ -163,7 +163,20 @@ def texts_in_pieces(draw: st.DrawFn) -> tuple[type[ToolParser], list[str]]:
     """A text made of well-formed and broken parts, cut anywhere."""
     parser = draw(st.sampled_from([HermesParser, BareParser, MistralParser, DeepSeekParser]))
     whole = [text for kind, text, _, _ in CASES if kind is parser]
-    parts = st.sampled_from([*whole, " ", "\n", "x", "{", "}", "[", "]", '"', "`", "```", "<", "\\", ";"])
+    signs = [" ", "\n", "x", "{", "}", "[", "]", '"', "`", "```", "<", "\\", ";", ",", ":", "5", "null"]
+    tags = [
+        "<function=",
+        "<parameter=",
+        "</parameter>",
+        "</function>",
+        "</tool_call>",
+        "[ARGS]",
+        ALL,
+        B,
+        SEP,
+        E,
+    ]
+    parts = st.sampled_from([*whole, *signs, *tags, "[TOOL_CALLS]", "<|python_tag|>"])
     text = "".join(draw(st.lists(parts, max_size=6)))
     start = draw(st.integers(0, len(text)))
     text = text[start : draw(st.integers(start, len(text)))]
