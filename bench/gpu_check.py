@@ -5,6 +5,7 @@
     logits    true-sized random models, teacher-forced: the error against float32 beside transformers' in bfloat16
     speed     decode, prefill and whole workloads, each with its share of limits measured in this run
     peers     transformers' own continuous batching on the same jobs
+    fp8       the largest model with weights in 8-bit floats
     micro     each kernel's time beside the limit of its bytes and operations
 
 Sections run until the budget is spent; what is left out is said. It needs no network and no HTTP library. Where
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from tokenmill.engine.engine import Engine
 
-SECTIONS = ("kernels", "texts", "logits", "speed", "peers", "micro")
+SECTIONS = ("kernels", "texts", "logits", "speed", "peers", "fp8", "micro")
 MOST_ERROR = 2.0
 """Times transformers' own bfloat16 error that ours may be."""
 CACHE_GIB = 48.0
@@ -167,6 +168,27 @@ def measure_models(check: Check, sections: set[str]) -> None:
             _free(check.device)
 
 
+def measure_fp8(check: Check) -> None:
+    """The largest model with its weights in fp8: one stream, and saturated."""
+    name, fields = list(check.sizes.shapes.items())[-1]
+    limits = check.limits
+    if limits is None:
+        return
+    engine = _make(check, fields, quantization="fp8")
+    size = engine.model.size
+    head = fields["vocab_size"] * fields["hidden_size"]  # stays as it was
+    engine.model.size = dataclasses.replace(size, weight_bytes=size.weights + head)
+    check.add(f"{name}, fp8", decode_alone(engine, limits, *check.sizes.alone, None))
+    jobs = _saturating(check, engine)
+    figure = serve_jobs(engine, limits, "128 in, 128 out, saturated", jobs, check.sizes.batch, 28_000)
+    check.add(f"{name}, fp8", figure)
+
+
+def _saturating(check: Check, engine: Engine) -> list[Any]:
+    workload = Workload(prompt_tokens=128, output_tokens=128)
+    return _jobs(workload, check.sizes, check.sizes.saturated, engine)
+
+
 def _free(device: torch.device) -> None:
     """Give back what no one holds any more, cycles included."""
     import torch
@@ -193,7 +215,7 @@ def _measure_model(check: Check, sections: set[str], name: str, fields: dict[str
         check.attempt(f"{name}: {part}", work, needs=needs)
 
 
-def _make(check: Check, fields: dict[str, Any]) -> Engine:
+def _make(check: Check, fields: dict[str, Any], **settings: Any) -> Engine:
     """The engine to measure; its cache leaves room for the same model in float32 beside it."""
     import torch
 
@@ -203,8 +225,11 @@ def _make(check: Check, fields: dict[str, Any]) -> Engine:
     cache: dict[str, Any] = {"kv_cache": KVCacheConfig(gib=CACHE_GIB)}
     if check.device.type != "cuda":
         cache = {"num_blocks": 40}
+    settings |= cache
     dtype = getattr(torch, sizes.dtype)
-    return make_engine(fields, check.device, dtype, max_context=sizes.context, max_batch=sizes.batch, **cache)
+    return make_engine(
+        fields, check.device, dtype, max_context=sizes.context, max_batch=sizes.batch, **settings
+    )
 
 
 def _parts(
@@ -233,7 +258,7 @@ def _parts(
         work = figure(lambda: serve_jobs(engine, limits, "the peer's jobs", jobs, sizes.batch))
         yield "the peer's jobs", work, 20.0
     if name == "Llama-3.1-8B":
-        same = Workload(prompt_tokens=128, output_tokens=128).jobs(sizes.saturated, check.seed)
+        same = _saturating(check, engine)
         work = figure(
             lambda: serve_jobs(engine, limits, "128 in, 128 out, saturated", same, sizes.batch, 16_000)
         )
@@ -344,9 +369,13 @@ def main(argv: list[str] | None = None) -> int:
         check.attempt("kernels", lambda: check_kernels(check))
     if "texts" in args.sections:
         check.attempt("texts", lambda: check_texts(check))
-    if {"speed", "logits", "peers"} & args.sections:
+    if {"speed", "logits", "peers", "fp8"} & args.sections:
         check.attempt("limits", lambda: measure_limits_once(check))
+    if {"speed", "logits", "peers"} & args.sections:
         measure_models(check, args.sections)
+    if "fp8" in args.sections:
+        check.attempt("fp8", lambda: measure_fp8(check), needs=60.0)
+        _free(device)
     if "micro" in args.sections:
         check.attempt("micro", lambda: measure_kernels(check), needs=60.0)
     write_results(check, args.out, args.sections)

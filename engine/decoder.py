@@ -65,7 +65,7 @@ class Decoder:
         self._kernels = kernels
         self._spec = model
         tied = model.head.weight is model.embedding
-        self._head = kernels.make_linear([model.head.weight], [model.head.bias], None)
+        self._head = kernels.make_exact(model.head.weight, model.head.bias)
         self._embed = kernels.make_embedding(model.embedding, self._head if tied else None)
         self._dtype = model.embedding.dtype
         _drop(model.head, model)
@@ -100,14 +100,14 @@ class Decoder:
         return dense
 
     def _sparse(self, experts: spec.Experts) -> _Sparse:
-        make, gate = self._kernels.make_linear, experts.shared_gate
+        make, gate = self._kernels.make_exact, experts.shared_gate
         sparse = _Sparse(
-            router=make([experts.router.weight], [None], None),
+            router=make(experts.router.weight, None),
             mix=self._kernels.make_mixture(experts.gate_up, experts.down, experts.activation),
             top=experts.top,
             renormalize=experts.renormalize,
             shared=None if experts.shared is None else self._dense(experts.shared),
-            shared_gate=None if gate is None else make([gate.weight], [gate.bias], None),
+            shared_gate=None if gate is None else make(gate.weight, gate.bias),
         )
         _drop(experts.router, experts, *([] if gate is None else [gate]))
         return sparse

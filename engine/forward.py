@@ -89,7 +89,7 @@ class PagedForward:
     def _profile(self, model: LoadedModel, config: EngineConfig) -> int:
         """Bytes that a step of the most tokens takes beside weights and cache; compiles the kernels on the way.
 
-        Every token is its sequence's only one, and all of them share one block: what counts is their number.
+        It is as many sequences as there may be, of equal lengths, in one block: what counts is how much there is.
         """
         tokens, device = config.max_batch_tokens or PROFILE_TOKENS, model.device
         torch.cuda.synchronize(device)
@@ -119,6 +119,11 @@ class PagedForward:
             model.module = module = None
             self._kernels.own_threads()
             return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels"
+        if config.quantization is not None:
+            raise LoadError(
+                f"{config.source}: quantization {config.quantization} needs the fused decoder, "
+                f"which doesn't run a {model.model_type}"
+            )
         if model.verdict.fusible:
             fusion.fuse_siblings(module)
         return _OwnCode(module), f"its own code, {self._kernels.name} kernels"

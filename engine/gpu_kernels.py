@@ -1,7 +1,8 @@
 """The Triton kernels as a kernel set: their workspaces, their plans, and which product a number of rows gets.
 
     rows ≤ 64   our skinny product: at the memory's speed, and the same bits in any crowd
-    more        cuBLAS, which is nearer the matrix units' rate; with `deterministic` ours again, and slower
+    more        cuBLAS, which is nearer the matrix units' rate; ours for quantized weights, and with
+                `deterministic`, slower, in the few rows' order of sums
 
 Buffers that outlive a step (workspaces, plans) are made by `reserve` and at first use, never while serving, so
 that captured graphs may keep their addresses.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenmill.engine.config import Quantization
 from tokenmill.engine.kernel_set import (
     Adjustments,
     Lookup,
@@ -28,8 +30,10 @@ from tokenmill.engine.kernel_set import (
     join,
     join_biases,
 )
+from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.linear_config import linear_config
+from tokenmill.kernels.gpu.quantize import stored
 
 SKINNY_ROWS = 64
 """Up to here a row's product has the same bits whatever the number of rows."""
@@ -51,9 +55,18 @@ class GpuKernels(ReferenceKernels):
     name = "triton"
     captures = True
     fp8_cache = True
+    quantizes = True
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        deterministic: bool = False,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.device, self.dtype, self.deterministic = device, dtype, deterministic
+        self.quantization = quantization
         self.overlaps = gpu.supports_overlap(device)
         self.store_kv = gpu.store_kv
         self.copy_blocks = gpu.copy_blocks
@@ -131,12 +144,30 @@ class GpuKernels(ReferenceKernels):
         return normed
 
     def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
-        product = GpuLinear(self, join(weights), join_biases(weights, biases), gate)
+        weight = self._quantized(join(weights))
+        return self._product(weight, join_biases(weights, biases), gate)
+
+    def _product(self, weight: Any, bias: Tensor | None, gate: str | None) -> GpuLinear:
+        product = GpuLinear(self, weight, bias, gate)
         if product.workspace_floats > self.linear_space.partial.numel():
             self.linear_space = gpu.make_linear_workspace(self.device, product.workspace_floats)
         return product
 
+    def make_exact(self, weight: Tensor, bias: Tensor | None) -> Product:
+        return self._product(weight.contiguous(), bias, None)
+
+    def _quantized(self, weight: Tensor) -> Any:
+        """The weight [..., out, in] in the format that was asked for; raises LoadError where it can't be."""
+        if self.quantization is None:
+            return weight.contiguous()
+        ways = {"fp8": gpu.quantize_fp8, "int8": gpu.quantize_int8, "int4": gpu.quantize_int4}
+        try:
+            return ways[self.quantization](weight)
+        except ValueError as error:
+            raise LoadError(f"quantization {self.quantization}: {error}") from None
+
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        gate_up, down = self._quantized(gate_up), self._quantized(down)
         tile = DECODE_TILE if self.deterministic else None
         mix = partial(gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile)
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
@@ -237,24 +268,26 @@ class StepPlans:
 
 
 class GpuLinear:
-    """A weight [out, in] with what follows its product; see the module's first lines for which product."""
+    """A weight [out, in], contiguous or quantized, with what follows its product; the module says which product."""
 
-    def __init__(self, kernels: GpuKernels, weight: Tensor, bias: Tensor | None, gate: str | None) -> None:
-        self.weight, self.bias, self.gate = weight.contiguous(), bias, gate
+    def __init__(self, kernels: GpuKernels, weight: Any, bias: Tensor | None, gate: str | None) -> None:
+        self.weight, self.bias, self.gate = weight, bias, gate
         self._kernels = kernels
+        self._plain = isinstance(weight, Tensor)
 
     @property
     def workspace_floats(self) -> int:
         """Partial sums of `SKINNY_ROWS` rows."""
-        rows, inputs = self.weight.shape
-        outputs = rows if self.gate is None else rows // 2
-        config = linear_config(outputs, inputs, self.gate is not None, 8 * self.weight.element_size())
+        data, _, group = stored(self.weight)
+        rows, inputs = data.shape[0], data.shape[1] * (2 if group else 1)
+        outputs, bits = rows if self.gate is None else rows // 2, 4 if group else 8 * data.element_size()
+        config = linear_config(outputs, inputs, self.gate is not None, bits)
         return config.splits * SKINNY_ROWS * rows if config.splits > 1 else 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [T, in], residual [T, out] or None → [T, out], in `out` if given."""
-        if x.shape[0] <= SKINNY_ROWS or self._kernels.deterministic:
-            return self._skinny(x, residual, out)
+        if x.shape[0] <= SKINNY_ROWS or self._kernels.deterministic or not self._plain:
+            return self._ours(x, residual, out)
         if residual is None and self.gate is None and self.bias is None:
             return torch.mm(x, self.weight.T, out=out)
         if residual is not None and self.gate is None and self.bias is None:
@@ -265,7 +298,7 @@ class GpuLinear:
         result = result if residual is None else result.add_(residual)
         return result if out is None else out.copy_(result)
 
-    def _skinny(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    def _ours(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
         many = x.shape[0] > SKINNY_ROWS
         result: Tensor = gpu.linear(
             _rowwise(x),
@@ -273,7 +306,7 @@ class GpuLinear:
             bias=self.bias,
             activation=self.gate,
             residual=residual,
-            tile_rows=SKINNY_TILE if many else None,
+            tile_rows=SKINNY_TILE if many and self._kernels.deterministic else None,
             out=out,
             # Partial sums of many rows may not fit the shared workspace: such calls bring their own.
             workspace=None if many else self._kernels.linear_space,

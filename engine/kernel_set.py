@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tokenmill.engine.config import Quantization
 from tokenmill.kernels import reference
 
 Lookup = Callable[[Tensor], Tensor]
@@ -82,6 +83,8 @@ class ReferenceKernels:
     name = "torch"
     captures = False
     """Whether a decode step on these kernels can be captured in a CUDA graph."""
+    quantizes = False
+    """Whether products can hold their weights in fp8, int8 or int4."""
     fp8_cache = False
     """Whether the paged cache may be held in 8-bit floats."""
 
@@ -123,6 +126,10 @@ class ReferenceKernels:
             return result if out is None else out.copy_(result)
 
         return product
+
+    def make_exact(self, weight: Tensor, bias: Tensor | None) -> Product:
+        """A product whose weight stays as it is where others are quantized: the head, a router."""
+        return self.make_linear([weight], [bias], None)
 
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
         """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]."""
@@ -240,11 +247,16 @@ class CpuKernels(ReferenceKernels):
 
 
 def select_kernels(
-    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    quantization: Quantization | None = None,
 ) -> ReferenceKernels:
     """The fastest kernels that work on `device` with `dtype`.
 
     `deterministic`: every result stays the same to the bit in any batch, where that costs speed too.
+    `quantization` of the weights reaches those kernels alone that say `quantizes`.
     """
     wanted = os.environ.get("TOKENMILL_KERNELS", "triton" if device.type == "cuda" else "cpu")
     if wanted == "triton":
@@ -252,7 +264,7 @@ def select_kernels(
 
         reason = why_not()
         if reason is None:
-            return GpuKernels(device, dtype, deterministic=deterministic)
+            return GpuKernels(device, dtype, deterministic=deterministic, quantization=quantization)
         import logging
 
         logging.getLogger("tokenmill.engine").warning("%s; plain torch runs instead, slowly", reason)

@@ -23,6 +23,7 @@ from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Stat
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
 from tokenmill.engine.kernel_set import select_kernels
+from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
@@ -70,7 +71,14 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.device = model.device
-        self.kernels = select_kernels(model.device, model.dtype, deterministic=config.deterministic is True)
+        self.kernels = select_kernels(
+            model.device,
+            model.dtype,
+            deterministic=config.deterministic is True,
+            quantization=config.quantization,
+        )
+        if config.quantization is not None and not self.kernels.quantizes:
+            raise LoadError(f"{config.source}: quantization {config.quantization} needs a GPU; leave it out")
         self.phases: dict[str, float] = defaultdict(float)
         self.kernels.reserve(config.max_batch, model.logits_width)
         self.forward: Forward = build_forward(model, config, self.kernels)

@@ -30,6 +30,8 @@ from tokenmill.server.prompts import (
 from tokenmill.server.protocol import MAX_TOKENS_DEFAULT, CompletionRequest
 from tokenmill.server.protocol_sampling import INT31
 
+LEAST_REPETITION_PENALTY = 1e-6
+"""Logits divided by less would leave float32; they are apart by more than any sampler tells already."""
 RERANK_CANDIDATES = 4
 """Candidates for an answer that is chosen by its suffix, where the request doesn't say `best_of`."""
 
@@ -85,6 +87,8 @@ def sampling_values(request: CompletionRequest, variant: Variant) -> dict[str, A
             values[key] = forced
         elif given is None and key in variant.sampling:
             values[key] = variant.sampling[key]
+    if "repetition_penalty" in values:
+        values["repetition_penalty"] = max(values["repetition_penalty"], LEAST_REPETITION_PENALTY)
     stop = values.get("stop", ())
     values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     values["stop_token_ids"] = tuple(values.get("stop_token_ids", ()))

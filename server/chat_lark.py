@@ -60,17 +60,23 @@ def answer_grammar(grammar: Grammar, tokenizer: Tokenizer, tags: Tags | None, op
 
     A grammar in the client's own words stays as it is: it can't be a rule of another.
     """
-    if tags is None or grammar.kind == "grammar":
+    answer = answer_rule(grammar)
+    if tags is None or answer is None:
         return grammar
-    if grammar.kind == "json_schema":
-        answer = json_value(json.loads(grammar.text))
-    elif grammar.kind == "choice":
-        answer = " | ".join(map(quoted, json.loads(grammar.text)))
-    else:
-        escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", grammar.text)
-        answer = "/" + escaped.replace("\n", r"\n") + "/"
     start, rules = LarkPieces(tokenizer).behind_thoughts("answer", tags, opened)
-    return lark(start, [*rules, f"answer: {answer}"])
+    return lark(start, [*rules, answer])
+
+
+def answer_rule(grammar: Grammar) -> str | None:
+    """The rule `answer` for what a grammar allows; None for one in the client's own words."""
+    if grammar.kind == "grammar":
+        return None
+    if grammar.kind == "json_schema":
+        return f"answer: {json_value(json.loads(grammar.text))}"
+    if grammar.kind == "choice":
+        return "answer: " + " | ".join(map(quoted, json.loads(grammar.text)))
+    escaped = re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", grammar.text)
+    return "answer: /" + escaped.replace("\n", r"\n") + "/"
 
 
 def json_value(schema: Any) -> str:

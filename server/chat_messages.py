@@ -55,7 +55,9 @@ def _written_calls(message: Message) -> str:
     """An assistant's calls in the generic form, as it would have written them."""
     lines = [message.content] if message.content else []
     for call in message.tool_calls or ():
-        lines.append(f'{{"name": {json.dumps(call.function.name)}, "arguments": {call.function.arguments}}}')
+        lines.append(
+            f'{{"name": {json.dumps(call.function.name)}, "arguments": {call.function.arguments or "{}"}}}'
+        )
     return "\n".join(lines)
 
 

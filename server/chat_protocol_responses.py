@@ -6,22 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from tokenmill.server.protocol_responses import ContentLogprob, Usage
-
-
-class CalledFunctionAnswer(BaseModel):
-    """The function that the model calls."""
-
-    name: str
-    arguments: str = Field(description="JSON, as the model wrote it.")
-
-
-class ToolCallAnswer(BaseModel):
-    """One call."""
-
-    id: str = Field(examples=["call_4f1bQxGd0vT7mYc2LkZs9eWa"])
-    type: Literal["function"]
-    function: CalledFunctionAnswer
+from tokenmill.server.protocol_responses import ContentLogprob, ToolCallAnswer, Usage
 
 
 class ChatMessageAnswer(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tokenmill.server.fields import Stop
 from tokenmill.server.protocol_parts import Strict
@@ -184,7 +184,12 @@ class InfillTimings(BaseModel):
 
 
 class InfillResponse(BaseModel):
-    """The answer; a stream's events have the first fields, its last one has all."""
+    """The answer; a stream's events have the first fields, its last one has all.
+
+    With `response_fields` it has only those.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
 
     index: int
     content: str

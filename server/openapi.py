@@ -50,10 +50,26 @@ def document_operations(app: FastAPI, operations: Sequence[Operation]) -> None:
                     _add_schema(schemas, operation.body)
                     _allow_null(schemas[operation.body.__name__])
                 document["paths"][operation.path][operation.method].update(_described(operation))
+            _tidy(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _tidy(document: dict[str, Any]) -> None:
+    """Errors as they are: 422 never comes, a name in a path may be unknown, a key may be missing."""
+    error = {"application/json": {"schema": {"$ref": _REF.format(model="ErrorResponse")}}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            for status in ("401", "500", *(("404",) if "{" in path else ())):
+                responses.setdefault(status, {"description": _ERRORS[status], "content": error})
+            if path.startswith("/health"):
+                responses.setdefault("503", {"description": "It doesn't serve."})
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
@@ -66,7 +82,7 @@ def _described(operation: Operation) -> dict[str, Any]:
     def content(model: type[BaseModel]) -> dict[str, Any]:
         return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
 
-    stream = {"text/event-stream": {"schema": {"type": "string"}}} if operation.streams else {}
+    stream: dict[str, Any] = {"text/event-stream": {"schema": {}}} if operation.streams else {}
     answers = {"200": {"description": "The answer.", "content": content(operation.answer) | stream}}
     errors = {
         status: {"description": text, "content": content(ErrorResponse)} for status, text in _ERRORS.items()

@@ -32,13 +32,30 @@ class CompletionLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunctionAnswer(BaseModel):
+    """The function that the model calls."""
+
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it.")
+
+
+class ToolCallAnswer(BaseModel):
+    """One call."""
+
+    id: str = Field(examples=["call_4f1bQxGd0vT7mYc2LkZs9eWa"])
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
 class CompletionChoice(BaseModel):
     """One completion of one prompt."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    tool_calls: list[ToolCallAnswer] | None = Field(None, description="With `tools`: the calls.")
+    reasoning_content: str | None = Field(None, description="With `tools`: what stood between thinking tags.")
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[str, object] | None] | None = None
@@ -73,7 +90,9 @@ class CompletionResponse(BaseModel):
     """The answer; a stream's chunks have the same shape."""
 
     id: str = Field(examples=["cmpl-0b8f0c5a4f5d4d6c8a1f7e3b2c9d0e1f"])
-    object: Literal["text_completion"]
+    object: Literal["text_completion", "chat.completion"] = Field(
+        description="`chat.completion` where the prompt went through a chat template: with `tools`."
+    )
     created: int = Field(description="Seconds since 1970.")
     model: str
     system_fingerprint: str

@@ -56,7 +56,7 @@ class Tool(Strict):
     """One of a request's `tools`."""
 
     type: Literal["function"] = Field(description="Always `function`.", examples=["function"])
-    function: Function = Field(description="The function.")
+    function: Function = Field(description="The function.", examples=[{"name": "get_weather"}])
     cache_control: dict[str, Any] | None = Field(None, description="Accepted without effect.", examples=[{}])
 
 

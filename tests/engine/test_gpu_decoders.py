@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from gpu_models import FULL, GREEDY, PROMPTS, SEEDED, make, on_cpu, texts
 
+from tokenmill.bench.gpu_models import SHAPES, load_random, shrunk
 from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.forward import PagedForward
+from tokenmill.engine.gpu_kernels import GpuKernels
+from tokenmill.engine.load_error import LoadError
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
@@ -50,3 +59,33 @@ def test_a_models_own_code_runs_on_these_kernels(plain: LLM) -> None:
     llm = make(False, fused_decoder=False)
     assert not llm.engine.runner.can_capture
     assert texts(llm, [GREEDY] * 2) == texts(plain, [GREEDY] * 2)
+
+
+@pytest.mark.parametrize(("quantization", "most"), [("fp8", 0.08), ("int8", 0.03), ("int4", 0.3)])
+def test_quantized_weights_change_logits_a_little(quantization: str, most: float) -> None:
+    """int4 groups 64 inputs, so this model is wide enough for two of them."""
+    fields = shrunk(SHAPES["Llama-3.1-8B"]) | {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64}
+    ids = torch.arange(20, 32)
+    settings = {"max_context": 64, "max_batch": 1, "num_blocks": 8}
+    exact, rounded = (
+        PagedForward(
+            load_random(fields, CPU, torch.float32, 64),
+            EngineConfig(source="random", quantization=chosen, **settings),
+            GpuKernels(CPU, torch.float32, quantization=chosen),
+        ).teacher_forced(ids, [10, 1, 1])
+        for chosen in (None, quantization)
+    )
+    error = float((rounded - exact).norm() / exact.norm())
+    assert 0 < error < most
+
+
+def test_quantization_is_refused_where_it_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(
+        source="random", quantization="fp8", max_context=64, num_blocks=8, fused_decoder=False
+    )
+    model = load_random(shrunk(SHAPES["Qwen3-0.6B"]), CPU, torch.float32, 64)
+    with pytest.raises(LoadError, match="fp8 needs the fused decoder, which doesn't run a qwen3"):
+        Engine(config, model=model)
+    monkeypatch.setenv("TOKENMILL_KERNELS", "cpu")
+    with pytest.raises(LoadError, match="fp8 needs a GPU"):
+        Engine(config, model=model)

@@ -52,6 +52,15 @@ def test_other_routes_are_there(document: dict[str, Any]) -> None:
     assert paths <= set(document["paths"])
 
 
+def test_errors_of_every_route(document: dict[str, Any]) -> None:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            assert {"401", "500"} <= set(operation["responses"])
+            assert ("404" in operation["responses"]) >= ("{" in path)
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
 def requests(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], bool]]:
     """Every field of every object that a request may hold: object, name, schema, required."""
     schemas = document["components"]["schemas"]

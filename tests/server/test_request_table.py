@@ -73,6 +73,7 @@ ROWS: list[tuple[dict[str, Any], str, Any]] = [
     ({"frequency_penalty": 1.5}, "frequency_penalty", 1.5),
     ({}, "repetition_penalty", 1.0),
     ({"repetition_penalty": 1.25}, "repetition_penalty", 1.25),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty", 1e-6),
     ({"logit_bias": {"5": -100, "6": 1.5}}, "logit_bias", {5: -100.0, 6: 1.5}),
     ({}, "seed", None),
     ({"seed": -(2**63)}, "seed", -(2**63)),
