@@ -265,7 +265,8 @@ class Engine:
                 delta.logprobs = [*(delta.logprobs or ()), draw.logprob]
                 delta.top = [*(delta.top or ()), draw.top]
             if sequence.matcher is not None and not sequence.matcher.consume([draw.token]):
-                self._fail(sequence, f"the grammar can't go on: {sequence.matcher.error}")
+                reason = f"the grammar can't go on: {sequence.matcher.error}"
+                self._fail(sequence, reason, invalid=True)
                 return
             delta.finish = self._reason_to_stop(sequence, draw.token)
             if delta.finish is not None:

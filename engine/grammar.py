@@ -146,9 +146,17 @@ def to_llguidance(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         if not grammar.text.strip():
             raise GrammarError("the grammar is empty")
-        return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
+        return LLMatcher.grammar_from_lark(_to_lark(grammar.text))
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"{grammar.kind}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _to_lark(text: str) -> str:
+    """Lark as it is, EBNF translated."""
+    try:
+        return str(any_to_lark(text))
+    except Exception as error:  # the translator raises bare exceptions for what it can't read
+        raise ValueError(str(error)) from None
 
 
 def _check_depth(grammar: Grammar) -> None:

@@ -16,7 +16,7 @@ from tokenmill.engine.sampling_params import Grammar
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.admission import Job
 from tokenmill.server.chat_format import ChatFormat
-from tokenmill.server.chat_lark import answer_grammar
+from tokenmill.server.chat_lark import answer_grammar, answer_rule
 from tokenmill.server.chat_messages import TemplateMessage, template_messages
 from tokenmill.server.chat_parse import ChatInput, template_variables
 from tokenmill.server.chat_protocol import Message
@@ -64,8 +64,11 @@ class ChatPrompt(msgspec.Struct, frozen=True):
             return calls.required(tags, self.opened)
         if wanted is None:
             return calls.strict()
-        message = f"tools that may be called or not don't go with {job.grammar_param}; say tool_choice"
-        raise bad_request(message, "tool_choice")
+        answer = answer_rule(wanted)
+        if answer is None:
+            message = f"tools that may be called or not don't go with {job.grammar_param}; say tool_choice"
+            raise bad_request(message, "tool_choice")
+        return calls.or_answer(answer, tags, self.opened)
 
     def new_text(self, job: Job) -> ChatText:
         """What reads the text of one of the job's choices."""

@@ -1,6 +1,6 @@
 """Tool calls as a grammar: which functions, in the model's own markup, with arguments that fit their schemas.
 
-required    start: thoughts? calls
+required    start: thoughts? calls                       (or: thoughts? (answer | calls))
 strict      start: TEXT | (until_call calls)+ TEXT?      (until_call ends with the form's opening marker)
 """
 
@@ -31,9 +31,17 @@ class CallGrammar:
 
     def required(self, tags: Tags | None, opened: bool) -> Grammar:
         """Nothing but calls, at least one; behind thoughts where the model has them."""
-        start, rules = self._pieces.behind_thoughts("calls", tags, opened)
+        return self._grammar("calls", [], tags, opened)
+
+    def or_answer(self, answer: str, tags: Tags | None, opened: bool) -> Grammar:
+        """Calls, or what the rule `answer` allows."""
+        return self._grammar("(answer | calls)", [answer], tags, opened)
+
+    def _grammar(self, start: str, more: list[str], tags: Tags | None, opened: bool) -> Grammar:
+        start, rules = self._pieces.behind_thoughts(start, tags, opened)
         one = [self._call(number, tool, strict=True) for number, tool in enumerate(self._tools)]
-        return lark(start, [*rules, self._calls(self._form.wrapping.start, repeats=self._parallel), *one])
+        calls = self._calls(self._form.wrapping.start, repeats=self._parallel)
+        return lark(start, [*rules, *more, calls, *one])
 
     def strict(self) -> Grammar | None:
         """Free text, but behind the opening marker calls of these functions, strict ones to the letter.

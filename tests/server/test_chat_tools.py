@@ -216,6 +216,15 @@ def test_required_is_enforced_by_a_grammar(chat_server: LiveServer) -> None:
     assert ")*" not in alone["content"]
 
 
+def test_format_of_the_answer_beside_calls(chat_server: LiveServer) -> None:
+    fields: dict[str, Any] = {"messages": says("GRAMMAR"), "tools": TOOLS}
+    fields["response_format"] = {"type": "json_object"}
+    grammar = message(chat_server, "hermes", **fields)["content"]
+    assert grammar.startswith("start: (answer | calls)\n")
+    assert "answer" not in message(chat_server, "hermes", tool_choice="required", **fields)["content"]
+    assert "calls" not in message(chat_server, "hermes", tool_choice="none", **fields)["content"]
+
+
 def test_strict_function_is_enforced_behind_the_marker(chat_server: LiveServer) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
     grammar = message(chat_server, "hermes", messages=says("GRAMMAR"), tools=[strict, NOW])["content"]
@@ -271,7 +280,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}),
     ("tool_choice", {"tools": TOOLS, "tool_choice": 5}),
     ("parallel_tool_calls", {"tools": TOOLS, "parallel_tool_calls": "no"}),
-    ("tool_choice", {"tools": TOOLS, "response_format": {"type": "json_object"}}),
+    ("tool_choice", {"tools": TOOLS, "guided_grammar": 'start: "a"'}),
 ]
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 from tokenmill.engine.grammar import GrammarCompiler, Matcher
 from tokenmill.engine.sampling_params import Grammar
 from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.server.chat_lark import answer_grammar
+from tokenmill.server.chat_lark import answer_grammar, answer_rule
 from tokenmill.server.chat_text import ChatText
 from tokenmill.server.reasoning import Tags
 from tokenmill.server.tool_forms import (
@@ -183,6 +183,25 @@ def test_answers_behind_thoughts(grammar: Grammar, good: str, bad: str, model: M
     assert model.accepts(closed, f"<think>Hm.</think>{good}")
     assert model.accepts(closed, good)
     assert not model.accepts(closed, bad)
+
+
+@pytest.mark.parametrize("model", [MARKED, UNMARKED], ids=["tokens", "text"])
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_calls_or_an_answer(form: ToolForm, model: Model) -> None:
+    rule = answer_rule(Grammar("json_schema", json.dumps(SCHEMA)))
+    assert rule is not None
+    grammars = CallGrammar(model.tokenizer, form, TOOLS, parallel=False)
+    grammar = grammars.or_answer(rule, None, False)
+    call = form.wrapping.start + form.wrapping.before.replace("{name}", "now") + "{}"
+    call += form.wrapping.after + form.wrapping.end
+    assert model.accepts(grammar, call)
+    assert model.accepts(grammar, '{"city": "a", "days": 2}')
+    assert not model.accepts(grammar, '{"city": "a"}')
+    assert not model.accepts(grammar, "Sunny.")
+    thinking = grammars.or_answer(rule, TAGS, True)
+    assert model.accepts(thinking, f"Hm.</think>{call}")
+    assert model.accepts(thinking, 'Hm.</think>{"city": "a", "days": 2}')
+    assert not model.accepts(thinking, "Hm.</think>Sunny.")
 
 
 def test_grammars_that_stay_as_they_are() -> None:
