@@ -126,7 +126,6 @@ class GrammarCompiler:
 def to_llguidance(grammar: Grammar) -> str:
     """The grammar as llguidance reads it; raises GrammarError for what shouldn't reach it."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
 
     if len(grammar.text) > MAX_TEXT:
         raise GrammarError(
@@ -153,6 +152,8 @@ def to_llguidance(grammar: Grammar) -> str:
 
 def _to_lark(text: str) -> str:
     """Lark as it is, EBNF translated."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
         return str(any_to_lark(text))
     except Exception as error:  # the translator raises bare exceptions for what it can't read

@@ -65,7 +65,8 @@ class ChatPrompt(msgspec.Struct, frozen=True):
         if wanted is None:
             return calls.strict()
         answer = answer_rule(wanted)
-        if answer is None:
+        # Without a marker a call and a JSON answer begin alike, and the grammar can't tell them apart.
+        if answer is None or self.style.form.opening is None:
             message = f"tools that may be called or not don't go with {job.grammar_param}; say tool_choice"
             raise bad_request(message, "tool_choice")
         return calls.or_answer(answer, tags, self.opened)

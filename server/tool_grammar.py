@@ -34,7 +34,7 @@ class CallGrammar:
         return self._grammar("calls", [], tags, opened)
 
     def or_answer(self, answer: str, tags: Tags | None, opened: bool) -> Grammar:
-        """Calls, or what the rule `answer` allows."""
+        """Calls, or what the rule `answer` allows. For forms with an opening marker."""
         return self._grammar("(answer | calls)", [answer], tags, opened)
 
     def _grammar(self, start: str, more: list[str], tags: Tags | None, opened: bool) -> Grammar:

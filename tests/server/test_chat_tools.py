@@ -223,6 +223,8 @@ def test_format_of_the_answer_beside_calls(chat_server: LiveServer) -> None:
     assert grammar.startswith("start: (answer | calls)\n")
     assert "answer" not in message(chat_server, "hermes", tool_choice="required", **fields)["content"]
     assert "calls" not in message(chat_server, "hermes", tool_choice="none", **fields)["content"]
+    del fields["response_format"]
+    refused(chat_server, "tool_choice", "hermes", guided_grammar='start: "a"', **fields)
 
 
 def test_strict_function_is_enforced_behind_the_marker(chat_server: LiveServer) -> None:
@@ -280,7 +282,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}),
     ("tool_choice", {"tools": TOOLS, "tool_choice": 5}),
     ("parallel_tool_calls", {"tools": TOOLS, "parallel_tool_calls": "no"}),
-    ("tool_choice", {"tools": TOOLS, "guided_grammar": 'start: "a"'}),
+    ("tool_choice", {"tools": TOOLS, "response_format": {"type": "json_object"}}),
 ]
 
 

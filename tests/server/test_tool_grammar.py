@@ -186,7 +186,7 @@ def test_answers_behind_thoughts(grammar: Grammar, good: str, bad: str, model: M
 
 
 @pytest.mark.parametrize("model", [MARKED, UNMARKED], ids=["tokens", "text"])
-@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+@pytest.mark.parametrize("form", [form for form in FORMS if form.opening is not None])
 def test_calls_or_an_answer(form: ToolForm, model: Model) -> None:
     rule = answer_rule(Grammar("json_schema", json.dumps(SCHEMA)))
     assert rule is not None
