@@ -74,7 +74,7 @@ bench: $(READY)
 
 # Needs neither network nor .venv: a bare GPU machine with torch and Triton will do.
 gpu-check: links
-	PYTHONPATH=$(LINKS) $(CHECKED_PYTHON) -m tokenmill.bench.gpu_check $(ARGS)
+	PYTHONPATH=$(LINKS):$$PYTHONPATH $(CHECKED_PYTHON) -m tokenmill.bench.gpu_check $(ARGS)
 
 # tokenmill.server and so on as plain folders, for what doesn't follow setuptools' import hook.
 links:

@@ -170,8 +170,12 @@ class DecodeGraphs:
         last_tokens: Tensor,
         counts: tuple[Tensor, Tensor],
         capture: Capture,
+        buckets: list[int] | None = None,
     ) -> None:
-        """`logits` [rows, V] receives each step's; `last_tokens` [rows + 1]; `counts` as `Sampler.counts`."""
+        """`logits` [rows, V] receives each step's; `last_tokens` [rows + 1]; `counts` as `Sampler.counts`.
+
+        `buckets`: those to capture, in this order; None: all that `buckets_up_to` gives.
+        """
         self.rows = rows
         self.logits = logits
         self.results = torch.zeros(2, rows.rows, dtype=torch.int64, device=logits.device)
@@ -182,14 +186,15 @@ class DecodeGraphs:
         self._counts = counts
         self._capture = capture
         self._graphs: dict[int, dict[str, Graph]] = {}
-        self._missing = buckets_up_to(rows.rows)
+        self._missing = buckets or buckets_up_to(rows.rows)
+        self._wanted = len(self._missing)
 
     # ---------------------------------------------------------------- capture
 
     @property
     def progress(self) -> float:
         """The share of the buckets that is captured."""
-        return len(self._graphs) / max(1, len(self._graphs) + len(self._missing))
+        return len(self._graphs) / self._wanted
 
     def capture_next(self) -> bool:
         """Capture the largest bucket that is missing; False when none is. Not while a step's inputs wait to run."""

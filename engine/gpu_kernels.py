@@ -41,14 +41,6 @@ SKINNY_TILE = 32
 DECODE_TILE = 16
 
 
-def why_not() -> str | None:
-    """Why the Triton kernels can't run here, in one line; None if they can."""
-    if not gpu.available():
-        return "the GPU kernels need Triton: pip install 'tokenmill[gpu]'"
-    reason: str | None = gpu.check_toolchain()
-    return reason
-
-
 class GpuKernels(ReferenceKernels):
     """Triton on a CUDA device, or on CPU tensors under TRITON_INTERPRET=1."""
 

@@ -9,6 +9,7 @@ Triton kernels in their interpreter.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.config import Quantization
-from tokenmill.kernels import reference
+from tokenmill.kernels import gpu, reference
 
+logger = logging.getLogger("tokenmill.engine")
 Lookup = Callable[[Tensor], Tensor]
 """ids [T] int64 → rows [T, hidden] of the embedding."""
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -246,6 +248,14 @@ class CpuKernels(ReferenceKernels):
         return super().make_embedding(weight, head)
 
 
+def _why_no_triton() -> str | None:
+    """Why the Triton kernels can't run here, in one line; None if they can."""
+    if not gpu.available():
+        return "the GPU kernels need Triton: pip install 'tokenmill[gpu]'"
+    reason: str | None = gpu.check_toolchain()
+    return reason
+
+
 def select_kernels(
     device: torch.device,
     dtype: torch.dtype,
@@ -260,14 +270,12 @@ def select_kernels(
     """
     wanted = os.environ.get("TOKENMILL_KERNELS", "triton" if device.type == "cuda" else "cpu")
     if wanted == "triton":
-        from tokenmill.engine.gpu_kernels import GpuKernels, why_not
-
-        reason = why_not()
+        reason = _why_no_triton()
         if reason is None:
-            return GpuKernels(device, dtype, deterministic=deterministic, quantization=quantization)
-        import logging
+            from tokenmill.engine.gpu_kernels import GpuKernels
 
-        logging.getLogger("tokenmill.engine").warning("%s; plain torch runs instead, slowly", reason)
+            return GpuKernels(device, dtype, deterministic=deterministic, quantization=quantization)
+        logger.warning("%s; plain torch runs instead, slowly", reason)
     elif wanted == "cpu" and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
         from tokenmill.kernels.cpu.library import current
 

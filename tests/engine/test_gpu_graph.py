@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.cuda_graph import DecodeGraphs, Recorded, StaticRows, buckets_up_to, record
-from tokenmill.engine.kernel_set import ReferenceKernels
+from tokenmill.engine.kernel_set import ReferenceKernels, select_kernels
 from tokenmill.engine.staging import LINES, Staging
+from tokenmill.kernels import gpu
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -56,6 +57,15 @@ def test_the_block_table_is_sent_when_it_changed() -> None:
     assert rows.needs_table(2, np.array([0, 2]))
     rows.set_table(torch.tensor([[5, 6], [7, 8]], dtype=torch.int32))
     assert rows.table[:2, :2].tolist() == [[5, 6], [7, 8]]
+
+
+def test_without_triton_a_gpu_gets_plain_torch_and_a_word_on_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "available", lambda: False)
+    kernels = select_kernels(torch.device("cuda"), torch.bfloat16)
+    assert type(kernels) is ReferenceKernels
+    assert "need Triton: pip install" in caplog.text
 
 
 class Model:
