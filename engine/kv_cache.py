@@ -7,8 +7,10 @@ Block 0 belongs to nobody: what is computed for no request may be written there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,12 +73,19 @@ def count_blocks(
 def allocate(
     layers: list[LayerSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """Zeroed tensors (zeros from the system are touched lazily, and stale NaNs must not meet a masked weight)."""
+    """Zeroed tensors: stale NaNs must not meet a masked weight."""
     caches = [
         (
-            torch.zeros(num_blocks + 1, x.kv_heads, block_size, x.key_size, dtype=dtype, device=device),
-            torch.zeros(num_blocks + 1, x.kv_heads, block_size, x.value_size, dtype=dtype, device=device),
+            _zeros((num_blocks + 1, x.kv_heads, block_size, x.key_size), dtype, device),
+            _zeros((num_blocks + 1, x.kv_heads, block_size, x.value_size), dtype, device),
         )
         for x in layers
     ]
     return KVCache(caches, num_blocks, block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on a CPU the system's own zero pages, which take no memory and no time before they are used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -92,8 +92,10 @@ def test_greedy_equals_eager_recomputation(model_type: str, fused_decoder: bool,
     assert greedy() == expected, "overlapped"
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize(
+    ("model_type", "overlap"),
+    [(name, False) for name in TYPES] + [(name, True) for name in ("llama", "gemma2", "gpt_oss", "gpt2")],
+)
 def test_greedy_survives_preemption(model_type: str, overlap: bool, tmp_path: Path) -> None:
     folder = make_tiny(model_type, tmp_path / model_type)
     llm = LLM(str(folder), max_context=128, num_blocks=12, dtype="float32", overlap=overlap)
