@@ -135,6 +135,7 @@ def to_llguidance(grammar: Grammar) -> str:
     try:
         if grammar.kind == "json_schema":
             text = "{}" if grammar.text.strip() == "true" else grammar.text
+            _check_tuples(json.loads(text))
             return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
@@ -158,6 +159,19 @@ def _to_lark(text: str) -> str:
         return str(any_to_lark(text))
     except Exception as error:  # the translator raises bare exceptions for what it can't read
         raise ValueError(str(error)) from None
+
+
+def _check_tuples(schema: object) -> None:
+    """Refuse tuples of two drafts in one: llguidance would pass over `prefixItems` beside `additionalItems`."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("prefixItems"), list) and "additionalItems" in schema:
+            raise GrammarError("json_schema: prefixItems doesn't go with additionalItems; use items")
+        for key, value in schema.items():
+            if key not in ("const", "enum", "default", "examples"):
+                _check_tuples(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            _check_tuples(item)
 
 
 def _check_depth(grammar: Grammar) -> None:

@@ -72,10 +72,14 @@ def compare(task: str, served: list[Score], local: list[Score], tolerance: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the running server")
     parser.add_argument("--model", required=True, help="the name that the server knows the model by")
-    parser.add_argument("--checkpoint", required=True, help="a folder with the same weights and the tokenizer")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a folder with the same weights and the tokenizer"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference allowed, in nats")
     arguments = parser.parse_args()
     served, served_metrics = evaluate(

@@ -126,7 +126,7 @@ class Client:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Client]:
-    with httpx.Client(base_url=server.url, timeout=120) as http, ThreadPoolExecutor(2 * CROWD) as threads:
+    with httpx.Client(base_url=server.url, timeout=60) as http, ThreadPoolExecutor(2 * CROWD) as threads:
         yield Client(http, threads)
 
 

@@ -140,7 +140,12 @@ REFERENCES: list[Schema] = [
     record({"from": {"$ref": "#/$defs/p"}, "to": {"$ref": "#/$defs/p"}}, **{"$defs": {"p": array(DIGIT, 2)}}),
     record({"a": DIGIT, "b": {"$ref": "#/properties/a"}}),
     either({"$ref": "#/$defs/even"}, DIGIT)
-    | {"$defs": {"even": array({"$ref": "#/$defs/odd"}, 1), "odd": record({"e": either(DIGIT, {"$ref": "#/$defs/even"})})}},
+    | {
+        "$defs": {
+            "even": array({"$ref": "#/$defs/odd"}, 1),
+            "odd": record({"e": either(DIGIT, {"$ref": "#/$defs/even"})}),
+        }
+    },
 ]
 BY_HAND = [*VALUES, *NUMBERS, *STRINGS, *ARRAYS, *OBJECTS, *CHOICES, *REFERENCES]
 
@@ -170,7 +175,7 @@ REFUSED: dict[str, tuple[Schema | bool, str]] = {
     "enum of another type": ({"type": "integer", "enum": ["a"]}, "Unsatisfiable"),
     "allOf at odds": ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
     "required but false": ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "required"),
-    "false": (False, ""),
+    "false": (False, "nsatisfiable"),
     "missing definition": ({"$ref": "#/$defs/x"}, "/$defs/x"),
     "remote reference": ({"$ref": "https://example.com/x.json"}, "example.com"),
     "reference to itself": ({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}, "no text"),
@@ -179,7 +184,10 @@ REFUSED: dict[str, tuple[Schema | bool, str]] = {
     "required as a string": ({"type": "object", "required": "a"}, "required"),
     "bound as a string": ({"type": "integer", "minimum": "1"}, "minimum"),
     "negative length": ({"type": "string", "minLength": -1}, "minLength"),
-    "two drafts' tuples": ({"type": "array", "prefixItems": [LETTER], "additionalItems": False}, "prefixItems"),
+    "two drafts' tuples": (
+        {"type": "array", "prefixItems": [LETTER], "additionalItems": False},
+        "prefixItems",
+    ),
 }
 """Schemas that can't be enforced or satisfied, and a word that the reason must hold."""
 
@@ -195,7 +203,11 @@ class _Generator:
         self._random = source
 
     def schema(self, depth: int) -> Schema:
-        kinds = [self._leaf] if depth == 0 else [self._leaf, self._record, self._record, self._array, self._either]
+        kinds = (
+            [self._leaf]
+            if depth == 0
+            else [self._leaf, self._record, self._record, self._array, self._either]
+        )
         if depth == 3:
             kinds = kinds[1:]
         return self._random.choice(kinds)(depth)
@@ -228,7 +240,9 @@ class _Generator:
         return {"enum": self._random.sample(values, self._random.randrange(1, 4))}
 
     def _record(self, depth: int) -> Schema:
-        names = self._random.sample(["id", "name", "sacks", "größe", "x y", "tags", "meta"], self._random.randrange(1, 4))
+        names = self._random.sample(
+            ["id", "name", "sacks", "größe", "x y", "tags", "meta"], self._random.randrange(1, 4)
+        )
         properties = {name: self.schema(depth - 1) for name in names}
         required = [name for name in names if self._random.random() < 0.6]
         return record(properties, required)

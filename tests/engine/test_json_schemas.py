@@ -32,7 +32,9 @@ checker = jsonschema.FormatChecker(formats=("date", "ipv4", "ipv6", "uuid", "ema
 def is_date_time(value: object) -> bool:
     """RFC 3339, its leap seconds included."""
     clock = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-    return not isinstance(value, str) or bool(re.fullmatch(rf"\d{{4}}-\d\d-\d\dT{clock}", value, re.IGNORECASE))
+    return not isinstance(value, str) or bool(
+        re.fullmatch(rf"\d{{4}}-\d\d-\d\dT{clock}", value, re.IGNORECASE)
+    )
 
 
 def validate(text: str, schema: Schema) -> None:
@@ -92,9 +94,10 @@ def test_every_cut_answer_can_be_completed(
 
 
 def shortest_end(matcher: Matcher, llm: LLM, words: int) -> list[int]:
-    """Tokens that complete a text: its end where it may end, else what closes, else the first that may follow."""
+    """Tokens that complete a text: its end where it may end, else what closes, else any that may follow."""
     ends = set(llm.engine.model.eos_ids)
     closing = [llm.tokenizer.encode(character, False)[0] for character in CLOSING]
+    dice = np.random.default_rng(0)
     mask = np.zeros((1, words), np.int32)
     rest: list[int] = []
     for _ in range(MOST_STEPS):
@@ -104,7 +107,7 @@ def shortest_end(matcher: Matcher, llm: LLM, words: int) -> list[int]:
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         if ends.intersection(allowed.tolist()):
             return rest
-        token = next((one for one in closing if one in allowed), int(allowed[0]))
+        token = next((one for one in closing if one in allowed), int(dice.choice(allowed)))
         assert matcher.consume([token])
         rest.append(token)
     raise AssertionError(f"not completed: {llm.tokenizer.decode(rest)!r}")
