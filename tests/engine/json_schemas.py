@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Schema | bool, str]] = {
     "enum of another type": ({"type": "integer", "enum": ["a"]}, "Unsatisfiable"),
     "allOf at odds": ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
     "required but false": ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "required"),
-    "false": (False, "nsatisfiable"),
+    "false": (False, "Expecting object"),
     "missing definition": ({"$ref": "#/$defs/x"}, "/$defs/x"),
     "remote reference": ({"$ref": "https://example.com/x.json"}, "example.com"),
     "reference to itself": ({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}, "no text"),

@@ -96,7 +96,7 @@ def test_every_cut_answer_can_be_completed(
 def shortest_end(matcher: Matcher, llm: LLM, words: int) -> list[int]:
     """Tokens that complete a text: its end where it may end, else what closes, else any that may follow."""
     ends = set(llm.engine.model.eos_ids)
-    closing = [llm.tokenizer.encode(character, False)[0] for character in CLOSING]
+    opening, *closing = [llm.tokenizer.encode(character, False)[0] for character in '{}"@]']
     dice = np.random.default_rng(0)
     mask = np.zeros((1, words), np.int32)
     rest: list[int] = []
@@ -107,7 +107,9 @@ def shortest_end(matcher: Matcher, llm: LLM, words: int) -> list[int]:
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         if ends.intersection(allowed.tolist()):
             return rest
-        token = next((one for one in closing if one in allowed), int(dice.choice(allowed)))
+        # In a string a brace is text, and a quote leads out; after a brace it would lead on to a key.
+        preferred = closing if rest[-1:] == [opening] else [*closing[1:], closing[0]]
+        token = next((one for one in preferred if one in allowed), int(dice.choice(allowed)))
         assert matcher.consume([token])
         rest.append(token)
     raise AssertionError(f"not completed: {llm.tokenizer.decode(rest)!r}")
