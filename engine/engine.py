@@ -34,6 +34,7 @@ GPU_BATCH_TOKENS = 8192
 SMALLEST_BATCH_TOKENS = 16
 CPU_DRAFT_ROWS = 16
 MOST_IDLE_STEPS = 1000
+NO_LOGITS = "the model produced no finite logits"
 COMPILE_SECONDS = 10.0
 GPU_DRAFT_ROWS = 64
 
@@ -254,7 +255,9 @@ class Engine:
 
     def _record(self, sequence: Sequence, draws: list[Draw]) -> None:
         if any(draw.bad for draw in draws):
-            self._fail(sequence, "the model produced no finite logits")
+            restricted = sequence.matcher is not None or bool(sequence.params.logit_bias)
+            reason = "the grammar and logit_bias leave no token to choose" if restricted else NO_LOGITS
+            self._fail(sequence, reason, invalid=restricted)
             return
         self.scheduler.cleared(sequence)
         delta = Delta(sequence.request, sequence.choice, [])

@@ -164,8 +164,20 @@ class Sampler:
                 continue
             drafts = inputs.samplers[i + row.drafts].after
             row.sequence.matcher.fill(masks[line : line + row.drafts + 1], drafts)
+        for mask, i in zip(masks, rows, strict=True):
+            row = inputs.samplers[i]
+            if row.generated < row.sequence.params.min_tokens:
+                self._hold_back_in(mask, row.sequence)
         index, bits = self._put(np.array(rows, np.int64), masks)
         return index, bits
+
+    def _hold_back_in(self, mask: NDArray[np.int32], sequence: Sequence) -> None:
+        """Take the ends out of a grammar's mask, unless it allows nothing else: then it is complete."""
+        held = mask.copy()
+        for token in {*self._eos_ids, *sequence.params.stop_token_ids}:
+            held[token // 32] &= ~np.int32(np.uint32(1 << (token % 32)).view(np.int32))
+        if held.any():
+            mask[:] = held
 
     def _penalties(self, inputs: StepInputs, penalized: NDArray[np.bool_]) -> tuple[Penalties, ...]:
         """Rows by their slots' counts, and those behind drafts by counts of their own that include the drafts."""
@@ -233,7 +245,7 @@ class Sampler:
         return {
             i: sorted({*self._eos_ids, *row.sequence.params.stop_token_ids})
             for i, row in enumerate(inputs.samplers)
-            if row.generated < row.sequence.params.min_tokens
+            if row.generated < row.sequence.params.min_tokens and row.sequence.matcher is None
         }
 
     def _put(self, *arrays: NDArray[Any]) -> list[Tensor]:

@@ -130,6 +130,22 @@ def test_a_grammar_under_way_can_be_aborted(llm: LLM) -> None:
         assert engine.step() == []
 
 
+def test_min_tokens_yields_where_the_grammar_is_complete(llm: LLM) -> None:
+    for seed in range(12):
+        params = under("choice", '["grind", "grinding"]', seed=seed, min_tokens=6)
+        choice = llm.generate([PROMPT], params)[0].choices[0]
+        assert (choice.text, choice.finish_reason) in (("grind", "stop"), ("grinding", "stop"))
+
+
+def test_a_bias_that_bans_all_that_a_grammar_allows_is_refused(llm: LLM) -> None:
+    allowed = {token: -100.0 for token in range(llm.engine.model.logits_width)}
+    llm.engine.add(Add(10**6, PROMPT, under("regex", "abc", logit_bias=allowed)))
+    deltas = []
+    while llm.engine.has_work:
+        deltas += llm.engine.step()
+    assert [(d.finish, d.invalid) for d in deltas] == [("error", True)]
+
+
 def test_a_grammar_ends_without_an_eos_when_nothing_can_follow(llm: LLM) -> None:
     choice = llm.generate([PROMPT], under("regex", "abc", min_tokens=100))[0].choices[0]
     assert (choice.text, choice.finish_reason) == ("abc", "stop")
