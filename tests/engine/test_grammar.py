@@ -138,7 +138,7 @@ def test_min_tokens_yields_where_the_grammar_is_complete(llm: LLM) -> None:
 
 
 def test_a_bias_that_bans_all_that_a_grammar_allows_is_refused(llm: LLM) -> None:
-    allowed = {token: -100.0 for token in range(llm.engine.model.logits_width)}
+    allowed = dict.fromkeys(range(llm.engine.model.logits_width), -100.0)
     llm.engine.add(Add(10**6, PROMPT, under("regex", "abc", logit_bias=allowed)))
     deltas = []
     while llm.engine.has_work:
