@@ -284,3 +284,12 @@ def select_kernels(
 
             return TracingKernels()
     return ReferenceKernels()
+
+
+def use_threads(count: int) -> None:
+    """Give the forward pass on a CPU `count` threads: torch's and, where they can be built, our kernels'."""
+    from tokenmill.kernels.cpu import library
+
+    torch.set_num_threads(count)
+    if library.current() is not None:
+        library.set_threads(count)

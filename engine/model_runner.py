@@ -22,7 +22,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
-from tokenmill.engine.kernel_set import select_kernels
+from tokenmill.engine.kernel_set import select_kernels, use_threads
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
@@ -71,6 +71,8 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = model
         self.device = model.device
+        if config.threads is not None:
+            use_threads(config.threads)
         self.kernels = select_kernels(
             model.device,
             model.dtype,
