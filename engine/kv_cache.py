@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenmill.engine.attention import LayerSpec
 from tokenmill.engine.config import EngineConfig
+from tokenmill.kernels.cpu import memory
 
 CPU_GIB = 1.0
 
@@ -88,4 +88,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """torch.zeros; on a CPU the system's own zero pages, which take no memory and no time before they are used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return memory.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -51,7 +51,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_bitmask": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64)),
     "tm_attention": (None, (c_void_p,)),
     "tm_linear": (None, (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int)),
-    "tm_run_tape": (None, (c_void_p, c_int64, c_void_p)),
+    "tm_run_tape": (None, (c_void_p, c_int64, c_void_p, c_void_p)),
 }
 
 

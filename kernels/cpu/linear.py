@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
+from tokenmill.kernels.cpu.memory import arena
 
 BFLOAT16, FLOAT32, INT8, INT4 = range(4)
 _FORMATS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
@@ -66,7 +67,7 @@ class PackedLinear:
         self.activation = activation
         self.struct = struct
         self._address = ctypes.addressof(struct)
-        self.data = torch.empty(required().tm_packed_bytes(self._address), dtype=torch.uint8)
+        self.data = arena.take(required().tm_packed_bytes(self._address))
         """The packed bytes; the tensor owns them."""
         struct.data = self.data.data_ptr()
 

@@ -23,7 +23,8 @@ from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.linear import PackedLinear
 
 MAX_BUFFERS = 8
-ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD = range(10)
+KINDS = ("rows", "gather", "pick", "linear", "rms_norm", "layer_norm", "rope_store", "attend", "activate", "scale_add")
+ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD = range(len(KINDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class Tape:
         self._type = TYPES[dtype]
         self._values: list[Value] = []
         self._ops: list[OpStruct] = []
+        self._names: list[str] = []
+        self._spent: ctypes.Array[c_int64] | None = None
         self._held: list[object] = []
         """Tensors and structures that operations point to."""
         self._result: Value | None = None
@@ -259,6 +262,7 @@ class Tape:
         op = OpStruct(kind, *numbers, value.number, value.picked, activation, eps, factor, width, job, bias)
         self._values.append(value)
         self._ops.append(op)
+        self._names.append(f"linear {x.width}→{width}" if kind == LINEAR and x is not None else KINDS[kind])
         self._held.append(held)
         return value
 
@@ -296,6 +300,19 @@ class Tape:
             op.input, op.residual = (buffer_of.get(n, -1) for n in (op.input, op.residual))
             op.output = buffer_of[op.output]
         self._sealed = (OpStruct * len(self._ops))(*self._ops)
+
+    # ---------------------------------------------------------------- running
+
+    def watch(self) -> None:
+        """From now on each `run` adds up what its operations take."""
+        self._spent = (c_int64 * len(self._ops))()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since `watch`, by kind of operation; products apart by their sizes."""
+        seconds: dict[str, float] = {}
+        for name, nanoseconds in zip(self._names, self._spent or (), strict=False):
+            seconds[name] = seconds.get(name, 0.0) + nanoseconds / 1e9
+        return seconds
 
     def _buffers(self, tokens: int) -> list[Tensor]:
         if not self._memory or self._memory[0].shape[0] < tokens:
@@ -342,7 +359,7 @@ class Tape:
         for number, memory in enumerate(self._buffers(max(tokens, picked))):
             step.buffers[number] = memory.data_ptr()
         step.buffers[self._sealed[-1].output] = result.data_ptr()
-        required().tm_run_tape(self._sealed, len(self._sealed), ctypes.byref(step))
+        required().tm_run_tape(self._sealed, len(self._sealed), ctypes.byref(step), self._spent)
         return result
 
 

@@ -3,6 +3,7 @@
 // gives the same bits.
 #include "attention.h"
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -18,6 +19,8 @@ struct Task {
   RowBlock block;
   int64_t part;    // the one part to do, or -1 for all of them
   int64_t states;  // place of a single part's states among the split ones
+
+  int64_t first_part() const { return part >= 0 ? part : block.first_key(block.first) / kPart; }
 };
 
 struct Merge {
@@ -42,15 +45,30 @@ void parts_of(const RowBlock& block, int64_t& first, int64_t& last) {
   last = block.position(block.last - 1) / kPart + 1;
 }
 
+// The end of the keys that a block sees.
+int64_t end_of(const RowBlock& block) { return block.position(block.last - 1) + 1; }
+
+// Where the first tile of a part begins that the block sees anything of.
 template <class Tiles>
-void attend_part(Tiles& tiles, const RowBlock& block, int64_t part, float* states) {
+int64_t start_of(const RowBlock& block, int64_t part) {
+  const int64_t start = part * kPart, oldest = block.first_key(block.first);
+  return oldest > start ? start + (oldest - start) / Tiles::kTile * Tiles::kTile : start;
+}
+
+// `next`, if any, is what the thread does after the task: its first tile is asked for during this part's last.
+template <class Tiles>
+void attend_part(Tiles& tiles, const Task& task, int64_t part, float* states, const Task* next) {
+  const RowBlock& block = task.block;
   const int64_t size = block.problem.value_size;
   for (int64_t s = 0; s < state_count(block); ++s) state_of(states, s, size).reset();
-  const int64_t end = block.position(block.last - 1) + 1;
-  const int64_t oldest = block.first_key(block.first);
-  int64_t start = part * kPart;
-  if (oldest > start) start += (oldest - start) / Tiles::kTile * Tiles::kTile;
-  for (; start < (part + 1) * kPart && start < end; start += Tiles::kTile) {
+  const int64_t end = end_of(block), stop = std::min(end, (part + 1) * kPart);
+  for (int64_t start = start_of<Tiles>(block, part); start < stop; start += Tiles::kTile) {
+    const int64_t after = start + Tiles::kTile;
+    if (after < (task.part < 0 ? end : stop)) {
+      tiles.expect(block, after, end);
+    } else if (next) {
+      tiles.expect(next->block, start_of<Tiles>(next->block, next->first_part()), end_of(next->block));
+    }
     tiles.load_tile(start, end);
     for (int64_t r = 0; r < block.rows(); r += kQueryRows) {
       const int64_t last = r + kQueryRows < block.rows() ? r + kQueryRows : block.rows();
@@ -103,11 +121,11 @@ void write_out(const RowBlock& block, float* states) {
 }
 
 template <class Tiles, class T>
-void run_task(const Task& task, float* split) {
+void run_task(const Task& task, float* split, const Task* next) {
   const RowBlock& block = task.block;
   Tiles tiles(block);
   if (task.part >= 0) {
-    attend_part(tiles, block, task.part, split + task.states);
+    attend_part(tiles, task, task.part, split + task.states, next);
     return;
   }
   const int64_t size = block.problem.value_size;
@@ -116,7 +134,7 @@ void run_task(const Task& task, float* split) {
   for (int64_t s = 0; s < state_count(block); ++s) state_of(total, s, size).reset();
   int64_t part, last;
   for (parts_of(block, part, last); part < last; ++part) {
-    attend_part(tiles, block, part, fresh);
+    attend_part(tiles, task, part, fresh, next);
     for (int64_t s = 0; s < state_count(block); ++s) merge<Tiles>(state_of(total, s, size), state_of(fresh, s, size));
   }
   write_out<Tiles, T>(block, total);
@@ -138,13 +156,13 @@ void run_merge(const Merge& job, float* split) {
 
 // The tiles that suit a block: those for few rows give the same bits as those for many.
 template <class Tiles, class T>
-void run_block(const Task& task, float* split) {
+void run_block(const Task& task, float* split, const Task* next) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<Tiles, AmxTiles>) {
-    if (task.block.rows() <= NarrowAmxTiles::kRows) return run_task<NarrowAmxTiles, T>(task, split);
+    if (task.block.rows() <= NarrowAmxTiles::kRows) return run_task<NarrowAmxTiles, T>(task, split, next);
   }
 #endif
-  run_task<Tiles, T>(task, split);
+  run_task<Tiles, T>(task, split, next);
 }
 
 // One block of rows for every KV head as tasks, cut into parts where `rows`, all that its sequence has, are few.
@@ -189,7 +207,9 @@ void run(const Attention& problem) {
   const int64_t count = static_cast<int64_t>(tasks.size());
   const int64_t grain = count >= 8 * thread_count() * problem.kv_heads ? problem.kv_heads : 1;
   parallel_ranges(count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) run_block<Tiles, T>(tasks[i], split);
+    for (int64_t i = first; i < last; ++i) {
+      run_block<Tiles, T>(tasks[i], split, i + 1 < last ? &tasks[i + 1] : nullptr);
+    }
   });
   parallel_for(static_cast<int64_t>(merges.size()), [&](int64_t i) { run_merge<Tiles, T>(merges[i], split); });
 }

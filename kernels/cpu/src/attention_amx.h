@@ -75,6 +75,13 @@ class AmxTiles {
   }
   ~AmxTiles() { _tile_release(); }
 
+  // Keys [start, start + kTile) of `block`, of which those before `end` exist, are read after the next tile: they
+  // are asked for while that is computed, since a block's rows are too short for the processor to see a stream.
+  void expect(const RowBlock& block, int64_t start, int64_t end) {
+    awaited_ = static_cast<int>(end < start + kTile ? end - start : kTile);
+    if (awaited_ > 0) block.problem.locate(block.sequence, block.kv_head, start, start + awaited_, awaited_rows_);
+  }
+
   // Brings in keys [start, start + kTile), of which those before `end` exist for this block.
   void load_tile(int64_t start, int64_t end) {
     const Attention& p = block_.problem;
@@ -83,7 +90,10 @@ class AmxTiles {
     groups_ = (count_ + 15) / 16;
     p.locate(block_.sequence, block_.kv_head, start, start + count_, place_);
     for (int group = 0; group < groups_; ++group) load_keys(group);
-    for (int pair = 0; pair < (groups_ + 1) / 2 * 16; ++pair) load_values(pair);
+    for (int pair = 0; pair < (groups_ + 1) / 2 * 16; ++pair) {
+      ask(p.v_cache, p.value_size, 2 * pair, 2);
+      load_values(pair);
+    }
   }
 
   // Adds the tile to the state of the block's rows from `first` on, 16 of them.
@@ -106,6 +116,14 @@ class AmxTiles {
   }
 
  protected:
+  // Asks for `count` of the awaited rows of a cache, from `first` on.
+  TM_INLINE void ask(const void* cache, int64_t size, int first, int count) const {
+    for (int i = first; i < first + count && i < awaited_; ++i) {
+      const char* row = static_cast<const char*>(cache) + awaited_rows_[i] * size * 2;
+      for (int64_t byte = 0; byte < size * 2; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+
   void place_query(int64_t row) {
     const bf16* query = block_.query<bf16>(block_.first + row);
     bf16* tile = queries_ + row / kQueryRows * kQueryRows * key_steps_ * kStep + row % kQueryRows * 2;
@@ -166,6 +184,7 @@ class AmxTiles {
     const bf16* query = queries_ + tile * kQueryRows * key_steps_ * kStep;
     for (int group = 0; group < groups_; group += 4) {
       const bf16* const* keys = key_rows_ + group;
+      if (tile == 0) ask(block_.problem.k_cache, block_.problem.key_size, group * 16, 64);
       tile_fence(query);
       tile_fence(keys_);
       const int some = groups_ - group;
@@ -293,6 +312,8 @@ class AmxTiles {
   const bf16* key_rows_[kTile / 16] = {};
   int64_t key_stride_ = 64;
   int64_t place_[kTile];
+  int64_t awaited_rows_[kTile];
+  int awaited_ = 0;
   int64_t start_ = 0;
   int count_ = 0;   // keys of the tile that exist
   int groups_ = 0;  // of 16 keys

@@ -53,6 +53,7 @@ class NarrowAmxTiles : public AmxTiles {
   // Raw scores of 16 keys, a row of lanes for each query.
   void score_group(int group, float (&scores)[kRows][kTile]) const {
     alignas(64) float raw[16 * kRows];
+    ask(block_.problem.k_cache, block_.problem.key_size, group * 16, 16);
     tile_fence(queries_);
     tile_fence(key_rows_[group]);
     _tile_zero(0);

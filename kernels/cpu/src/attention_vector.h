@@ -28,6 +28,9 @@ class VectorTiles {
     }
   }
 
+  // What is read after the next tile: these tiles take long enough for the processor's own prefetching.
+  void expect(const RowBlock&, int64_t, int64_t) {}
+
   // Brings in keys [start, start + kTile), of which those before `end` exist for this block.
   void load_tile(int64_t start, int64_t end) {
     const Attention& p = block_.problem;
