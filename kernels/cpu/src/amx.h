@@ -46,9 +46,11 @@ inline void configure_tiles(int rows) {
 }
 
 // sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps; x's rows lie `stride`
-// elements apart. The tiles must be configured for `rows`.
-inline void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
-                        bool fresh, const Ahead& ahead) {
+// elements apart. The tiles must be configured for `rows`. `between(k)` runs beside step k: vector instructions
+// cost next to nothing in the shadow of the matrix unit.
+template <class Between>
+TM_INLINE void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
+                           bool fresh, const Between& between) {
   constexpr int kLine = kPair * 4;
   tile_fence(weight);
   tile_fence(x);
@@ -70,7 +72,7 @@ inline void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64
   }
   if (rows <= 16) {
     for (int64_t k = 0; k < steps; ++k) {
-      ahead.fetch(k);
+      between(k);
       _tile_loadd(4, x + k * kStep, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -80,7 +82,7 @@ inline void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64
   } else {
     const bf16* below = x + 16 * stride;
     for (int64_t k = 0; k < steps; ++k) {
-      ahead.fetch(k);
+      between(k);
       _tile_loadd(4, x + k * kStep, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
       _tile_loadd(5, below + k * kStep, row_bytes);

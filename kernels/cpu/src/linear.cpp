@@ -37,15 +37,57 @@ TM_INLINE void set_rows(int rows) {
 #endif
 }
 
+// A block of rows whose sums stand, but whose epilogue is still to come: it runs between the products of the block
+// after it. Two blocks' sums take turns.
+class Pending {
+ public:
+  explicit Pending(const Call& call) : call_(call) {}
+  ~Pending() { finish_rows(left_); }
+
+  // Where the next block's sums go.
+  float* sums() { return memory_[turn_]; }
+
+  // The next block is multiplied; what was pending is finished.
+  void push(int64_t pair, int64_t first, int rows) {
+    finish_rows(left_);
+    pair_ = pair;
+    row_ = first;
+    left_ = rows;
+    from_ = memory_[turn_];
+    turn_ ^= 1;
+  }
+
+  int left() const { return left_; }
+
+  TM_INLINE void finish_rows(int rows) {
+    if (left_ == 0) return;
+    if (rows > left_) rows = left_;
+    finish(call_, pair_, row_, rows, from_);
+    row_ += rows;
+    from_ += rows * kPair;
+    left_ -= rows;
+  }
+
+ private:
+  const Call& call_;
+  int64_t pair_ = 0;
+  int64_t row_ = 0;
+  int left_ = 0;
+  int turn_ = 0;
+  const float* from_ = nullptr;
+  alignas(64) float memory_[2][kBlock * kPair];
+};
+
 #if defined(__AVX512BF16__)
 constexpr bool kDirect = true;  // bfloat16 x is multiplied as it is
 
+template <class Between>
 TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
-                        bool fresh, const Ahead& ahead) {
+                        bool fresh, const Between& between) {
 #if defined(__AMX_BF16__)
-  amx_product(x, stride, weight, steps, rows, sums, fresh, ahead);
+  amx_product(x, stride, weight, steps, rows, sums, fresh, between);
 #else
-  (void)ahead;
+  (void)between;
   vector_product(x, stride, weight, steps, rows, sums, fresh);
 #endif
 }
@@ -53,16 +95,15 @@ TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64
 constexpr bool kDirect = false;
 #endif
 
-template <class W>
+template <class W, class Between>
 TM_INLINE void multiply(const float* x, int64_t stride, const W* weight, int64_t length, int rows, float* sums,
-                        bool fresh, const Ahead&) {
+                        bool fresh, const Between&) {
   vector_product(x, stride, weight, length, rows, sums, fresh);
 }
 
 template <class T, class W>
-void plain_task(const Call& call, const Operand<T>& operand, int64_t pair, int64_t first, int64_t last) {
-  alignas(64) float sums[kBlock * kPair];
-  const Packed& w = call.weight;
+void plain_task(const Operand<T>& operand, const Packed& w, int64_t pair, int64_t first, int64_t last,
+                Pending& pending) {
   const W* weight = reinterpret_cast<const W*>(w.pair(pair));
   const int64_t length = sizeof(W) == 2 ? w.steps() : w.in;
   // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
@@ -73,9 +114,14 @@ void plain_task(const Call& call, const Operand<T>& operand, int64_t pair, int64
   for (int64_t r = first; r < last; r += kBlock) {
     int rows = static_cast<int>(last - r < kBlock ? last - r : kBlock);
     if (rows != shaped) set_rows(shaped = rows);
-    multiply(operand.x + r * operand.stride, operand.stride, weight, length, rows, sums, true, ahead);
+    const int share = static_cast<int>(divide_up(pending.left(), length));
+    multiply(operand.x + r * operand.stride, operand.stride, weight, length, rows, pending.sums(), true,
+             [&](int64_t step) {
+               ahead.fetch(step);
+               pending.finish_rows(share);
+             });
     ahead.from += length * ahead.bytes;
-    finish(call, pair, r, rows, sums);
+    pending.push(pair, r, rows);
   }
 }
 
@@ -136,7 +182,7 @@ class QuantizedTask {
         const int rows = block_rows(r);
         if (rows != shaped_) set_rows(shaped_ = rows);
         float* part = steps > kChunk ? parts_ + (r - first_) * kPair : parts_;
-        multiply(x + r * operand_.stride, operand_.stride, unpacked_, length, rows, part, step == 0, {nullptr, 0});
+        multiply(x + r * operand_.stride, operand_.stride, unpacked_, length, rows, part, step == 0, [](int64_t) {});
         if (step + length < steps) continue;
         const float* group_sums = w_.minima ? operand_.group_sums + g * call_.rows + r : nullptr;
         fold_group(w_, group, part, group_sums, rows, sums_at(r));
@@ -155,15 +201,21 @@ class QuantizedTask {
   float* parts_;
 };
 
-// One task's pair of columns and its rows [first, last).
+// Rows [first, last) of the pairs [begin, end).
 template <class T>
-void run_task(const Call& call, const Operand<T>& operand, int64_t pair, int64_t first, int64_t last) {
-  if (call.weight.quantized()) {
-    QuantizedTask<T>(call, operand, pair, first, last).run();
-  } else if (call.weight.format == kF32) {
-    if constexpr (sizeof(T) == 4) plain_task<T, float>(call, operand, pair, first, last);
+void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const Packed& w = call.weight;
+  if (w.quantized()) {
+    for (int64_t pair = begin; pair < end; ++pair) QuantizedTask<T>(call, operand, pair, first, last).run();
   } else {
-    plain_task<T, bf16>(call, operand, pair, first, last);
+    Pending pending(call);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      if (w.format != kF32) {
+        plain_task<T, bf16>(operand, w, pair, first, last, pending);
+      } else if constexpr (sizeof(T) == 4) {
+        plain_task<T, float>(operand, w, pair, first, last, pending);
+      }
+    }
   }
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -194,7 +246,7 @@ void run(const Call& call, const X* x) {
   parallel_for(divide_up(call.rows, panel) * count, [&](int64_t task) {
     const int64_t first = task / count * panel, run = task % count;
     const int64_t last = first + panel < call.rows ? first + panel : call.rows;
-    for (int64_t pair = runs[run]; pair < runs[run + 1]; ++pair) run_task(call, operand, pair, first, last);
+    run_task(call, operand, runs[run], runs[run + 1], first, last);
   });
 }
 
