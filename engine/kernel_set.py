@@ -217,7 +217,14 @@ class CpuKernels(ReferenceKernels):
                     setattr(self, function, getattr(module, function))
         self.sample = sampling.sample
         self.token_logprobs = sampling.token_logprobs
+        self.store_kv = self._store
         self.paged_attention = self._attend
+
+    def _store(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        dtype = k_cache.dtype
+        self._attention.store_kv(
+            key.to(dtype).contiguous(), value.to(dtype).contiguous(), k_cache, v_cache, slots.contiguous()
+        )
 
     def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
         return self._attention.paged_attention(query.contiguous(), *args, **options)

@@ -1,6 +1,7 @@
-"""Paged attention on the CPU, the twin of `kernels/reference.py`'s.
+"""The paged cache and attention over it on the CPU, twins of `kernels/reference.py`'s.
 
-A query row's result is the same bits however its prompt was chunked and whatever else is in the batch.
+How keys and values lie inside a cache's blocks is the kernels' own (src/cache_layout.h): it is written by
+`store_kv` and `elementwise.rope_store` alone, and whole blocks may be copied. A query row's result is the same bits however its prompt was chunked and whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,24 @@ from tokenmill.kernels.cpu.library import check, required, type_of
 
 _PROBLEM = struct.Struct("@8P8qffi")
 """`Attention` of src/attention.h."""
+
+
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write keys [T, G, D] and values [T, G, E] at `slots` [T] int64 of a layer's cache; negative: nowhere.
+
+    Raises ValueError for shapes or types that don't fit together; slots are the caller's to check.
+    """
+    tokens, kv_heads, size = key.shape
+    blocks, _, block_size, value_size = v_cache.shape
+    check(key, "key", (tokens, kv_heads, size))
+    check(value, "value", (tokens, kv_heads, value_size), key.dtype)
+    check(k_cache, "k_cache", (blocks, kv_heads, block_size, size), key.dtype)
+    check(v_cache, "v_cache", (blocks, kv_heads, block_size, value_size), key.dtype)
+    check(slots, "slots", (tokens,), torch.int64)
+    required().tm_store_kv(
+        *(x.data_ptr() for x in (key, value, slots, k_cache, v_cache)),
+        *(tokens, kv_heads, block_size, size, value_size, type_of(key)),
+    )
 
 
 def paged_attention(
@@ -32,7 +51,7 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of `query` [T, H, D] over each sequence's cache; returns [T, H, E].
 
-    `k_cache` [B, G, S, D] and `v_cache` [B, G, S, E] have the query's type, bfloat16 or float32;
+    `k_cache` [B, G, S, D] and `v_cache` [B, G, S, E], written by these kernels, have the query's type, bfloat16 or float32;
     `block_table` [R, P], `seq_lens` [R] and `query_start` [R + 1] are int32. Scores and sums are float32.
     Raises ValueError for shapes or types that don't fit together; block numbers are the caller's to check.
     """

@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_activate": (None, (c_void_p, c_void_p, c_int64, c_int, c_int)),
     "tm_rope_store": (None, (c_void_p,)),
     "tm_activation_mul": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)),
+    "tm_store_kv": (None, (*(c_void_p,) * 5, *(c_int64,) * 5, c_int)),
     "tm_gather_rows": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64)),
     "tm_sample": (None, (c_void_p,)),
     "tm_gumbel": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p)),

@@ -4,11 +4,9 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "attention_amx.h"
-#include "attention_amx_narrow.h"
 #include "attention_vector.h"
 #include "threads.h"
 
@@ -70,10 +68,9 @@ void attend_part(Tiles& tiles, const Task& task, int64_t part, float* states, co
       tiles.expect(next->block, start_of<Tiles>(next->block, next->first_part()), end_of(next->block));
     }
     tiles.load_tile(start, end);
-    for (int64_t r = 0; r < block.rows(); r += kQueryRows) {
-      const int64_t last = r + kQueryRows < block.rows() ? r + kQueryRows : block.rows();
-      if (start > block.position(block.first + last - 1)) continue;
-      tiles.attend(r, state_of(states, r / kQueryRows, size));
+    for (int64_t r = 0; r < block.rows(); r += Tiles::kRows) {
+      const int64_t last = std::min(r + Tiles::kRows, block.rows());
+      if (start <= block.position(block.first + last - 1)) tiles.attend(r, states);
     }
   }
 }
@@ -154,17 +151,6 @@ void run_merge(const Merge& job, float* split) {
   write_out<Tiles, T>(job.block, total);
 }
 
-// The tiles that suit a block: those for few rows give the same bits as those for many.
-template <class Tiles, class T>
-void run_block(const Task& task, float* split, const Task* next) {
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<Tiles, AmxTiles>) {
-    if (task.block.rows() <= NarrowAmxTiles::kRows) return run_task<NarrowAmxTiles, T>(task, split, next);
-  }
-#endif
-  run_task<Tiles, T>(task, split, next);
-}
-
 // One block of rows for every KV head as tasks, cut into parts where `rows`, all that its sequence has, are few.
 // The heads of a part follow each other: they lie side by side in the cache.
 void plan_rows(const RowBlock& block, int64_t rows, std::vector<Task>& tasks, std::vector<Merge>& merges,
@@ -208,7 +194,7 @@ void run(const Attention& problem) {
   const int64_t grain = count >= 8 * thread_count() * problem.kv_heads ? problem.kv_heads : 1;
   parallel_ranges(count, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      run_block<Tiles, T>(tasks[i], split, i + 1 < last ? &tasks[i + 1] : nullptr);
+      run_task<Tiles, T>(tasks[i], split, i + 1 < last ? &tasks[i + 1] : nullptr);
     }
   });
   parallel_for(static_cast<int64_t>(merges.size()), [&](int64_t i) { run_merge<Tiles, T>(merges[i], split); });
@@ -221,7 +207,9 @@ TM_API void tm_attention(const tokenmill::Attention* problem) {
   using namespace tokenmill;
   if (problem->type == kTypeF32) return run<VectorTiles<float>, float>(*problem);
 #if defined(__AMX_BF16__)
-  if (problem->value_size % 16 == 0) return run<AmxTiles, bf16>(*problem);
+  if (tiled_cache(problem->type, problem->key_size, problem->value_size, problem->block_size)) {
+    return run<AmxTiles, bf16>(*problem);
+  }
 #endif
   run<VectorTiles<bf16>, bf16>(*problem);
 }

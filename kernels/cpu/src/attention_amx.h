@@ -1,322 +1,282 @@
-// Attention tiles on the matrix unit, bfloat16: 128 keys against 16 rows at a time.
+// Attention tiles on the matrix unit, bfloat16 and a tiled cache (cache_layout.h): 128 keys against 32 rows.
 //
-//   scores^T [128 keys][16 rows]  =  keys (as they lie in the cache) x queries^T (VNNI, made once a block)
-//   softmax down the columns: a lane is a row, so maxima and sums need no step across lanes
-//   weights [16 rows][128 keys]   =  transposed, in bfloat16
-//   values [16 rows][e + 1]      +=  weights x (values, ones): pairs of tokens interleaved, made once a tile
+//   scores [32 rows][128 keys]  =  queries x keys       both as they lie in memory
+//   weights                     =  2^(score - maximum)  a row at a time, in bfloat16
+//   values [32 rows][E + 1]    +=  weights x (values, ones)
 //
-// Scores are kept in units of log 2, so that a weight is one power of two.
+// Scores are kept in units of log 2, so that a weight is one power of two. A row's maximum moves only once it has
+// grown by more than `kSlack`: a weight may be as large as 2^kSlack, and sums are seldom scaled.
 #pragma once
 
 #if defined(__AMX_BF16__)
 
 #include "amx.h"
 #include "attention.h"
+#include "cache_layout.h"
 #include "threads.h"
 
 namespace tokenmill {
 
-// to[column][row] = from[row][column] for 16 x 16 words of 32 bits.
-inline void transpose_words(const __m512i (&from)[16], uint32_t* to, int64_t stride) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(from[i], from[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(from[i], from[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xDD);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD));
-  }
-}
-
-// 2^x for x <= 0 to 3e-6, more than bfloat16 weights need; 2^0 is exactly 1 and 2^-inf exactly 0.
+// 2^x for x <= 16 to 1e-4, a twentieth of bfloat16's rounding; 2^0 is exactly 1 and 2^-inf exactly 0.
 TM_INLINE F power_of_two(F x) {
-  constexpr float q[] = {6.930448426e-01f, 2.412802159e-01f, 5.224245821e-02f, 1.342669152e-02f};
+  constexpr float q[] = {6.9511632e-01f, 2.2764706e-01f, 7.706516e-02f};
   constexpr int kFloor = 0x09;
   F r = {{(NativeF)_mm512_reduce_ps((__m512)x.part[0], kFloor)}};
   F p = fma(r, polynomial(r, q), splat(1.0f));
   return {{(NativeF)_mm512_scalef_ps((__m512)p.part[0], (__m512)x.part[0])}};
 }
 
+// An operand whose product with weights is their sum, in its first column.
+struct alignas(64) OnesTile {
+  uint16_t bits[kTileElements] = {};
+  constexpr OnesTile() {
+    for (int line = 0; line < 16; ++line) bits[line * 32] = bits[line * 32 + 1] = 0x3F80;
+  }
+};
+constexpr OnesTile kOnes;
+
 class AmxTiles {
  public:
   static constexpr int kTile = 128;
-  static constexpr float kUnit = kLog2E;  // what a natural logarithm is in the state's units
+  static constexpr int kRows = 2 * kQueryRows;  // that are computed together
+  static constexpr float kUnit = kLog2E;        // what a natural logarithm is in the state's units
   static F weight(F difference) { return power_of_two(difference); }
 
   explicit AmxTiles(const RowBlock& block)
       : block_(block),
         sight_(block),
-        key_steps_(divide_up(block.problem.key_size, kStep)),
-        value_tiles_(block.problem.value_size / 16 + 1),
-        in_place_(block.problem.block_size % 16 == 0 && block.problem.key_size % kStep == 0),
+        key_size_(block.problem.key_size),
+        value_size_(block.problem.value_size),
+        height_(static_cast<int>(block.rows() < kQueryRows ? block.rows() : kQueryRows)),
         factor_(block.problem.softcap > 0 ? kLog2E : block.problem.scale * kLog2E) {
-    const int64_t tiles = divide_up(block.rows(), kQueryRows);
-    const int64_t width = key_steps_ * kStep;
-    queries_ = scratch<bf16>(kPanel, tiles * kQueryRows * width + kTile * (width + value_tiles_ * 16));
-    keys_ = queries_ + tiles * kQueryRows * width;
-    values_ = keys_ + kTile * width;
-    std::memset(queries_, 0, static_cast<size_t>(tiles * kQueryRows * width) * 2);
-    for (int64_t r = 0; r < block.rows(); ++r) place_query(r);
-    for (int line = 0; line < kTile / 2; ++line) place_ones(value_line(line) + (value_tiles_ - 1) * kTileElements);
-    configure_tiles(32);
+    const int64_t rows = block.rows(), lines = height_ < kQueryRows ? rows : divide_up(rows, kRows) * kRows;
+    queries_ = scratch<bf16>(kPanel, lines * key_size_ + kCacheStep * value_size_);
+    tail_ = queries_ + lines * key_size_;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(queries_ + r * key_size_, block.query<bf16>(block.first + r), static_cast<size_t>(key_size_) * 2);
+    }
+    std::memset(queries_ + rows * key_size_, 0, static_cast<size_t>((lines - rows) * key_size_) * 2);
+    configure_tiles(height_ < kQueryRows ? height_ : kRows);
   }
   ~AmxTiles() { _tile_release(); }
 
   // Keys [start, start + kTile) of `block`, of which those before `end` exist, are read after the next tile: they
-  // are asked for while that is computed, since a block's rows are too short for the processor to see a stream.
+  // are asked for at its end, since a block's rows are too short for the processor to see a stream.
   void expect(const RowBlock& block, int64_t start, int64_t end) {
-    awaited_ = static_cast<int>(end < start + kTile ? end - start : kTile);
-    if (awaited_ > 0) block.problem.locate(block.sequence, block.kv_head, start, start + awaited_, awaited_rows_);
+    int64_t place[kSteps];
+    const int count = locate(block, start, end, place);
+    const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
+    for (int step = 0; step < kSteps; ++step) awaited_[step] = step < count ? keys + place[step] * key_size_ : nullptr;
   }
 
   // Brings in keys [start, start + kTile), of which those before `end` exist for this block.
   void load_tile(int64_t start, int64_t end) {
-    const Attention& p = block_.problem;
     start_ = start;
     count_ = static_cast<int>(end < start + kTile ? end - start : kTile);
-    groups_ = (count_ + 15) / 16;
-    p.locate(block_.sequence, block_.kv_head, start, start + count_, place_);
-    for (int group = 0; group < groups_; ++group) load_keys(group);
-    for (int pair = 0; pair < (groups_ + 1) / 2 * 16; ++pair) {
-      ask(p.v_cache, p.value_size, 2 * pair, 2);
-      load_values(pair);
+    int64_t place[kSteps];
+    steps_ = locate(block_, start, end, place);
+    const bf16* keys = static_cast<const bf16*>(block_.problem.k_cache);
+    const bf16* values = static_cast<const bf16*>(block_.problem.v_cache);
+    for (int step = 0; step < steps_; ++step) {
+      keys_[step] = keys + place[step] * key_size_;
+      values_[step] = values + place[step] * value_size_;
     }
+    if (const int left = count_ % kCacheStep) values_[steps_ - 1] = without_strangers(values_[steps_ - 1], left);
   }
 
-  // Adds the tile to the state of the block's rows from `first` on, 16 of them.
-  void attend(int64_t first, const State& state) const {
-    alignas(64) float scores[kTile * 16];
-    alignas(64) bf16 weights[kQueryRows * kTile];
-    score(first / kQueryRows, scores);
-    const F before = load(state.maxima());
-    const F maximum = max(before, finish_scores(first, scores) * splat(factor_));
-    const F finite = finite_maximum(maximum);
-    const F shrink = weight(before - finite);
-    weigh_keys(finite, scores, weights);
-    store(state.maxima(), maximum);
-    if (mask_bits(shrink != splat(1.0f)) != 0) {
-      alignas(64) float factors[kQueryRows];
-      store(factors, shrink);
-      for (int r = 0; r < kQueryRows; ++r) state.scale_row(r, factors[r]);
+  // Adds the tile to the states of the block's rows from `first` on, kRows of them.
+  void attend(int64_t first, float* states) const {
+    alignas(64) float scores[kRows][kTile];
+    alignas(64) bf16 weights[kRows][kTile];
+    const int rows = static_cast<int>(block_.rows() - first < kRows ? block_.rows() - first : kRows);
+    const bool two = rows > kQueryRows;
+    for (int step = 0; step < steps_; ++step) score(first, step, two, scores);
+    for (int r = 0; r < rows; ++r) weigh(first + r, scores[r], state(states, first + r), weights[r]);
+    const int shown = two ? kRows : height_;
+    if (rows < shown) std::memset(weights[rows], 0, static_cast<size_t>(shown - rows) * sizeof weights[0]);
+    add_values(weights, state(states, first), state(states, first + kQueryRows), two,
+               first + kRows < block_.rows() ? keys_ : awaited_);
+  }
+
+ private:
+  static constexpr float kSlack = 8;
+  static constexpr int kSteps = kTile / kCacheStep;
+
+  // The cache's rows at which runs of kCacheStep tokens begin; returns how many runs there are.
+  static int locate(const RowBlock& block, int64_t start, int64_t end, int64_t* places) {
+    const Attention& p = block.problem;
+    const int32_t* table = p.block_table + block.sequence * p.table_width;
+    int count = 0;
+    for (; count < kSteps && start < end; ++count, start += kCacheStep) {
+      places[count] = (table[start / p.block_size] * p.kv_heads + block.kv_head) * p.block_size + start % p.block_size;
     }
-    add_values(weights, state);
+    return count;
   }
 
- protected:
-  // Asks for `count` of the awaited rows of a cache, from `first` on.
-  TM_INLINE void ask(const void* cache, int64_t size, int first, int count) const {
-    for (int i = first; i < first + count && i < awaited_; ++i) {
-      const char* row = static_cast<const char*>(cache) + awaited_rows_[i] * size * 2;
-      for (int64_t byte = 0; byte < size * 2; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  // A copy of the last run's values, zero from token `left` on: what lies there is somebody else's, or nothing.
+  const bf16* without_strangers(const bf16* values, int left) const {
+    std::memcpy(tail_, values, static_cast<size_t>(divide_up(left, 2) * 2 * value_size_) * 2);
+    if (left % 2) {
+      bf16* line = tail_ + left / 2 * 2 * value_size_;
+      for (int64_t e = 0; e < value_size_; ++e) line[2 * e + 1].bits = 0;
     }
+    const int64_t whole = divide_up(left, 2) * 2;
+    std::memset(tail_ + whole * value_size_, 0, static_cast<size_t>((kCacheStep - whole) * value_size_) * 2);
+    return tail_;
   }
 
-  void place_query(int64_t row) {
-    const bf16* query = block_.query<bf16>(block_.first + row);
-    bf16* tile = queries_ + row / kQueryRows * kQueryRows * key_steps_ * kStep + row % kQueryRows * 2;
-    const int64_t size = block_.problem.key_size;
-    for (int64_t d = 0; d + 1 < size; d += 2) std::memcpy(tile + d / 2 * 32, query + d, 4);
-    if (size % 2) tile[size / 2 * 32] = query[size - 1];
+  State state(float* states, int64_t row) const {
+    return {states + row / kQueryRows * State::floats(value_size_), State::row_width(value_size_)};
   }
 
-  // Line `pair` % 16 of [pair / 16][value tiles][16][16][2], in its first value tile.
-  bf16* value_line(int pair) const {
-    return values_ + pair / 16 * value_tiles_ * kTileElements + pair % 16 * 32;
+  // Asks for a run of keys or values.
+  TM_INLINE static void ask(const bf16* run, int64_t size) {
+    for (int64_t i = 0; i < kCacheStep * size; i += 32) __builtin_prefetch(run + i, 0, 3);
   }
 
-  // The last value tile is a column of ones: what the weights add up to.
-  static void place_ones(bf16* line) {
-    std::memset(line, 0, 64);
-    line[0].bits = line[1].bits = 0x3F80;
-  }
-
-  void load_keys(int group) {
-    const Attention& p = block_.problem;
-    const bf16* cache = static_cast<const bf16*>(p.k_cache);
-    if (in_place_) {
-      key_rows_[group] = cache + place_[group * 16] * p.key_size;
-      key_stride_ = p.key_size * 2;
-      return;
-    }
-    const int64_t width = key_steps_ * kStep;
-    bf16* copy = keys_ + group * 16 * width;
-    std::memset(copy, 0, static_cast<size_t>(16 * width) * 2);
-    for (int i = group * 16; i < group * 16 + 16 && i < count_; ++i) {
-      std::memcpy(copy + i % 16 * width, cache + place_[i] * p.key_size, static_cast<size_t>(p.key_size) * 2);
-    }
-    key_rows_[group] = copy;
-    key_stride_ = width * 2;
-  }
-
-  // Tokens 2 * pair and the next, interleaved; zero where there is none.
-  void load_values(int pair) {
-    const int64_t size = block_.problem.value_size;
-    const bf16* cache = static_cast<const bf16*>(block_.problem.v_cache);
-    const bf16* even = 2 * pair < count_ ? cache + place_[2 * pair] * size : nullptr;
-    const bf16* odd = 2 * pair + 1 < count_ ? cache + place_[2 * pair + 1] * size : nullptr;
-    bf16* line = value_line(pair);
-    for (int64_t e = 0; e + 1 < value_tiles_; ++e) {
-      __m512i both = even ? widened(even + e * 16) : _mm512_setzero_si512();
-      if (odd) both = _mm512_or_si512(both, _mm512_slli_epi32(widened(odd + e * 16), 16));
-      _mm512_store_si512(line + e * kTileElements, both);
-    }
-  }
-
-  static __m512i widened(const bf16* from) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  }
-
-  // Raw scores^T of one tile of rows, four groups of keys at a time.
-  void score(int64_t tile, float* scores) const {
-    const bf16* query = queries_ + tile * kQueryRows * key_steps_ * kStep;
-    for (int group = 0; group < groups_; group += 4) {
-      const bf16* const* keys = key_rows_ + group;
-      if (tile == 0) ask(block_.problem.k_cache, block_.problem.key_size, group * 16, 64);
-      tile_fence(query);
-      tile_fence(keys_);
-      const int some = groups_ - group;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t step = 0; step < key_steps_; ++step) {
-        _tile_loadd(6, query + step * kTileElements, 64);
-        _tile_loadd(4, keys[0] + step * kStep, key_stride_);
-        _tile_dpbf16ps(0, 4, 6);
-        if (some > 1) {
-          _tile_loadd(5, keys[1] + step * kStep, key_stride_);
-          _tile_dpbf16ps(1, 5, 6);
-        }
-        if (some > 2) {
-          _tile_loadd(4, keys[2] + step * kStep, key_stride_);
-          _tile_dpbf16ps(2, 4, 6);
-        }
-        if (some > 3) {
-          _tile_loadd(5, keys[3] + step * kStep, key_stride_);
-          _tile_dpbf16ps(3, 5, 6);
-        }
-      }
-      _tile_stored(0, scores + group * 256, 64);
-      _tile_stored(1, scores + group * 256 + 256, 64);
-      if (some > 2) {
-        _tile_stored(2, scores + group * 256 + 512, 64);
-        _tile_stored(3, scores + group * 256 + 768, 64);
+  // Raw scores of one run of keys.
+  void score(int64_t first, int step, bool two, float (&scores)[kRows][kTile]) const {
+    const int64_t line = key_size_ * 2;
+    const bf16* upper = queries_ + first * key_size_;
+    const bf16* lower = upper + kQueryRows * key_size_;
+    const bf16* left = keys_[step];
+    const bf16* right = left + 16 * key_size_;
+    float* to = scores[0] + step * kCacheStep;
+    tile_fence(upper);
+    tile_fence(left);
+    ask(values_[step], value_size_);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < key_size_; d += kStep) {
+      _tile_loadd(4, upper + d, line);
+      _tile_loadd(6, left + d * 16, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + d * 16, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if (two) {
+        _tile_loadd(5, lower + d, line);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
     }
+    _tile_stored(0, to, kTile * 4);
+    _tile_stored(1, to + 16, kTile * 4);
+    if (two) {
+      _tile_stored(2, to + kQueryRows * kTile, kTile * 4);
+      _tile_stored(3, to + kQueryRows * kTile + 16, kTile * 4);
+    }
+    tile_fence(to);
   }
 
-  // Softcap and mask, in place where either is needed; returns the largest score of each row.
-  F finish_scores(int64_t first, float* scores) const {
-    const bool whole = count_ == kTile && start_ + kTile - 1 <= sight_.newest[first] &&
-                       start_ >= sight_.oldest[first + kQueryRows - 1];
-    if (!whole) return mask_scores(first, scores);
-    const Attention& p = block_.problem;
-    F best[4];  // apart, so that they don't wait for each other
-    for (F& each : best) each = splat(kMinusInfinity);
-    for (int i = 0; i < kTile; i += 4) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        F score = load(scores + (i + j) * 16);
-        if (p.softcap > 0) {
-          score = capped(score * splat(p.scale), p.softcap);
-          store(scores + (i + j) * 16, score);
-        }
-        best[j] = max(score, best[j]);
+  // One row's weights from its scores; its state is scaled where its maximum moves.
+  void weigh(int64_t row, float* scores, const State& state, bf16* weights) const {
+    const int vectors = steps_ * 2, slot = static_cast<int>(row % kQueryRows);
+    const bool whole = start_ + steps_ * kCacheStep - 1 <= sight_.newest[row] && start_ >= sight_.oldest[row];
+    if (!whole || block_.problem.softcap > 0) finish_scores(row, scores);
+    F best[2] = {load(scores), load(scores + kLanes)};  // apart, so that they don't wait for each other
+    for (int i = 2; i < vectors; i += 2) {
+      best[0] = max(load(scores + i * kLanes), best[0]);
+      best[1] = max(load(scores + (i + 1) * kLanes), best[1]);
+    }
+    const float maximum = reduce_max(max(best[0], best[1])) * factor_;
+    const float before = state.maxima()[slot];
+    float base = before;
+    if (maximum > before + kSlack) {
+      base = state.maxima()[slot] = maximum;
+      if (before != kMinusInfinity) {
+        alignas(64) float factor[kLanes];
+        store(factor, weight(splat(before - maximum)));
+        state.scale_row(slot, factor[0]);
       }
     }
-    return max(max(best[0], best[1]), max(best[2], best[3]));
+    const F factor = splat(factor_), finite = splat(base == kMinusInfinity ? 0.0f : -base);
+    for (int i = 0; i < vectors; i += 2) {
+      const F low = weight(fma(load(scores + i * kLanes), factor, finite));
+      const F high = weight(fma(load(scores + (i + 1) * kLanes), factor, finite));
+      const auto both = _mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
+      std::memcpy(weights + i * kLanes, &both, sizeof both);
+    }
   }
 
-  F mask_scores(int64_t first, float* scores) const {
+  // Softcap, and the mask of what the row doesn't see, in place.
+  void finish_scores(int64_t row, float* scores) const {
     const Attention& p = block_.problem;
-    const I newest = load(sight_.newest + first), oldest = load(sight_.oldest + first);
-    F best = splat(kMinusInfinity);
-    for (int i = 0; i < (groups_ + 1) / 2 * 32; ++i) {
-      F score = load(scores + i * 16);
+    const I newest = splat(sight_.newest[row]), oldest = splat(sight_.oldest[row]);
+    for (int i = 0; i < steps_ * kCacheStep; i += kLanes) {
+      F score = load(scores + i);
       if (p.softcap > 0) score = capped(score * splat(p.scale), p.softcap);
-      const I token = splat(static_cast<int32_t>(start_ + i));
-      score = select((token <= newest) & (token >= oldest), score, splat(kMinusInfinity));
-      store(scores + i * 16, score);
-      best = max(score, best);
-    }
-    return best;
-  }
-
-  // 2^(score - maximum) as bfloat16 [4][16 rows][32 keys].
-  void weigh_keys(F maximum, const float* scores, bf16* weights) const {
-    alignas(64) uint16_t order[32];
-    for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-    const __m512i interleave = _mm512_load_si512(order);
-    const F factor = splat(factor_);
-    for (int part = 0; part < (groups_ + 1) / 2; ++part) {
-      __m512i pairs[16];
-      for (int i = 0; i < 16; ++i) {
-        const float* at = scores + (part * 32 + 2 * i) * 16;
-        F even = weight(fma(load(at), factor, -maximum)), odd = weight(fma(load(at + 16), factor, -maximum));
-        auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.part[0], (__m512)even.part[0]);
-        pairs[i] = _mm512_permutexvar_epi16(interleave, both);
-      }
-      transpose_words(pairs, reinterpret_cast<uint32_t*>(weights + part * kTileElements), 16);
+      const I token = lane_index() + splat(static_cast<int32_t>(start_ + i));
+      store(scores + i, select((token <= newest) & (token >= oldest), score, splat(kMinusInfinity)));
     }
   }
 
-  // The state's rows += weights x the tile's values and ones, two tiles of columns at a time.
-  void add_values(const bf16* weights, const State& state) const {
-    const int64_t line = state.width * 4, next = value_tiles_ * kTileElements;
-    const int parts = (groups_ + 1) / 2;
+  // The states' rows += weights x the tile's values and ones, two tiles of columns at a time.
+  // Meanwhile the keys `next` are asked for.
+  void add_values(const bf16 (&weights)[kRows][kTile], const State& upper, const State& lower, bool two,
+                  const bf16* const* next) const {
+    const int64_t line = upper.width * 4, tiles = value_size_ / 16;
     tile_fence(weights);
     tile_fence(values_);
-    tile_fence(state.memory);
-    for (int64_t e = 0; e < value_tiles_; e += 2) {
-      const bool second = e + 1 < value_tiles_;
-      float* at = state.row(0) + e * 16;
-      const bf16* value = values_ + e * kTileElements;
+    tile_fence(upper.memory);
+    tile_fence(lower.memory);
+    for (int64_t e = 0; e <= tiles; e += 2) {
+      const bool pair = e < tiles;  // the ones come last, alone or beside the last values
+      float* at = upper.row(0) + e * 16;
+      float* below = lower.row(0) + e * 16;
       _tile_loadd(0, at, line);
-      if (second) _tile_loadd(1, at + 16, line);
-      for (int part = 0; part < parts; ++part) {
-        _tile_loadd(4, weights + part * kTileElements, 64);
-        _tile_loadd(6, value + part * next, 64);
+      if (pair) _tile_loadd(1, at + 16, line);
+      if (two) {
+        _tile_loadd(2, below, line);
+        if (pair) _tile_loadd(3, below + 16, line);
+      }
+      for (int step = 0; step < steps_; ++step) {
+        if (e == 0 && next[step]) ask(next[step], key_size_);
+        _tile_loadd(4, weights[0] + step * kCacheStep, kTile * 2);
+        if (two) _tile_loadd(5, weights[kQueryRows] + step * kCacheStep, kTile * 2);
+        if (pair) {
+          _tile_loadd(6, values_[step] + e * 32, value_size_ * 4);
+        } else {
+          _tile_loadd(6, kOnes.bits, 64);
+        }
         _tile_dpbf16ps(0, 4, 6);
-        if (second) {
-          _tile_loadd(7, value + part * next + kTileElements, 64);
+        if (two) _tile_dpbf16ps(2, 5, 6);
+        if (pair) {
+          if (e + 1 < tiles) {
+            _tile_loadd(7, values_[step] + (e + 1) * 32, value_size_ * 4);
+          } else {
+            _tile_loadd(7, kOnes.bits, 64);
+          }
           _tile_dpbf16ps(1, 4, 7);
+          if (two) _tile_dpbf16ps(3, 5, 7);
         }
       }
       _tile_stored(0, at, line);
-      if (second) _tile_stored(1, at + 16, line);
+      if (pair) _tile_stored(1, at + 16, line);
+      if (two) {
+        _tile_stored(2, below, line);
+        if (pair) _tile_stored(3, below + 16, line);
+      }
     }
+    tile_fence(upper.memory);
+    tile_fence(lower.memory);
   }
 
   const RowBlock& block_;
   const Sight sight_;
-  const int64_t key_steps_;
-  const int64_t value_tiles_;
-  const bool in_place_;  // keys can be read as tiles from the cache itself
+  const int64_t key_size_;
+  const int64_t value_size_;
+  const int height_;     // rows of the matrix unit's tiles
   const float factor_;   // from stored scores to the state's units
   bf16* queries_;
-  bf16* keys_;
-  bf16* values_;
-  const bf16* key_rows_[kTile / 16] = {};
-  int64_t key_stride_ = 64;
-  int64_t place_[kTile];
-  int64_t awaited_rows_[kTile];
-  int awaited_ = 0;
+  bf16* tail_;
+  const bf16* keys_[kSteps] = {};
+  const bf16* values_[kSteps] = {};
+  const bf16* awaited_[kSteps] = {};
   int64_t start_ = 0;
-  int count_ = 0;   // keys of the tile that exist
-  int groups_ = 0;  // of 16 keys
+  int count_ = 0;  // keys of the tile that exist
+  int steps_ = 0;  // runs of keys
 };
 
 }  // namespace tokenmill

@@ -11,6 +11,7 @@ template <class T>
 class VectorTiles {
  public:
   static constexpr int kTile = 32;
+  static constexpr int kRows = kQueryRows;
   static constexpr float kUnit = 1;  // what a natural logarithm is in the state's units
   static F weight(F difference) { return exp(difference); }
 
@@ -50,8 +51,10 @@ class VectorTiles {
     }
   }
 
-  // Adds the tile to the state of the block's rows from `first` on, at most 16 of them.
-  void attend(int64_t first, const State& state) const {
+  // Adds the tile to the states of the block's rows from `first` on, kRows of them.
+  void attend(int64_t first, float* states) const {
+    const int64_t size = block_.problem.value_size;
+    const State state{states + first / kQueryRows * State::floats(size), State::row_width(size)};
     const int64_t last = first + kQueryRows < block_.rows() ? first + kQueryRows : block_.rows();
     for (int64_t r = first; r < last; ++r) attend_row(r, r - first, state);
   }

@@ -1,5 +1,6 @@
 // The passes between matrix products: norms, rotary embedding with the KV store, gated activations, embedding.
 #include "api.h"
+#include "cache_layout.h"
 #include "rope.h"
 #include "threads.h"
 #include "vmath.h"
@@ -110,6 +111,34 @@ void turn_head(const Rope& job, int64_t token, const T* from, const void* norm, 
   for (int64_t i = 0; i < job.size; i += kLanes) store_up_to(to + i, load_up_to(x + i, job.size - i), job.size - i);
 }
 
+// Puts a token's key and value of one head into the paged cache.
+template <class T>
+struct Store {
+  void* k_cache;
+  void* v_cache;
+  int64_t kv_heads;
+  int64_t block_size;
+  int64_t size;
+  int64_t value_size;
+
+  void operator()(int64_t slot, int64_t head, const T* key, const T* value) const {
+    const int64_t block = (slot / block_size * kv_heads + head) * block_size, place = slot % block_size;
+    T* keys = static_cast<T*>(k_cache) + block * size;
+    T* values = static_cast<T*>(v_cache) + block * value_size;
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 2) {
+      if (tiled_cache(kTypeBf16, size, value_size, block_size)) {
+        store_tiled_key(keys, place, key, size);
+        store_tiled_value(values, place, value, value_size);
+        return;
+      }
+    }
+#endif
+    std::memcpy(keys + place * size, key, static_cast<size_t>(size) * sizeof(T));
+    std::memcpy(values + place * value_size, value, static_cast<size_t>(value_size) * sizeof(T));
+  }
+};
+
 template <class T>
 void rope_token(const Rope& job, int64_t token) {
   const T* row = static_cast<const T*>(job.qkv) + token * job.width();
@@ -121,11 +150,11 @@ void rope_token(const Rope& job, int64_t token) {
   if (slot < 0) return;
   const T* key = row + job.heads * job.size;
   const T* value = key + job.kv_heads * job.size;
+  const Store<T> store{job.k_cache, job.v_cache, job.kv_heads, job.block_size, job.size, job.value_size};
+  T* turned = scratch<T>(kPartial, job.size + kLanes);
   for (int64_t g = 0; g < job.kv_heads; ++g) {
-    const int64_t at = (slot / job.block_size * job.kv_heads + g) * job.block_size + slot % job.block_size;
-    turn_head(job, token, key + g * job.size, job.k_norm, static_cast<T*>(job.k_cache) + at * job.size);
-    std::memcpy(static_cast<T*>(job.v_cache) + at * job.value_size, value + g * job.value_size,
-                static_cast<size_t>(job.value_size) * sizeof(T));
+    turn_head(job, token, key + g * job.size, job.k_norm, turned);
+    store(slot, g, turned, value + g * job.value_size);
   }
 }
 
@@ -173,6 +202,26 @@ TM_API void tm_rope_store(const tokenmill::Rope* job) {
     for (int64_t t = first; t < last; ++t) {
       with_type(job->type, [&](auto element) { rope_token<decltype(element)>(*job, t); });
     }
+  });
+}
+
+// Keys [tokens, kv_heads, size] and values [tokens, kv_heads, value_size] to the cache's `slots`; negative: nowhere.
+TM_API void tm_store_kv(const void* key, const void* value, const int64_t* slots, void* k_cache, void* v_cache,
+                        int64_t tokens, int64_t kv_heads, int64_t block_size, int64_t size, int64_t value_size,
+                        int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const Store<T> store{k_cache, v_cache, kv_heads, block_size, size, value_size};
+    parallel_ranges(tokens, grain(kv_heads * (size + value_size)), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        if (slots[t] < 0) continue;
+        for (int64_t g = 0; g < kv_heads; ++g) {
+          const int64_t at = t * kv_heads + g;
+          store(slots[t], g, static_cast<const T*>(key) + at * size, static_cast<const T*>(value) + at * value_size);
+        }
+      }
+    });
   });
 }
 

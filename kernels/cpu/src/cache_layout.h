@@ -1,0 +1,46 @@
+// How the keys and values of a block lie in the paged cache.
+//
+//   plain   k [S][D]                       v [S][E]                      as the tensors' shapes say
+//   tiled   k [S / 16][D / 2][16][2]       v [S / 2][E][2]               as the matrix unit takes them
+//
+// Tiled, a group of 16 keys and a run of tokens' values are operands of the matrix unit as they lie there, so that
+// attention moves no key and no value before it multiplies. Whole blocks are copied alike in either.
+#pragma once
+
+#include "api.h"
+#include "packed.h"
+
+namespace tokenmill {
+
+constexpr int kCacheStep = 32;  // tokens of a block that lie together: two groups of keys
+
+inline bool tiled_cache(int type, int64_t key_size, int64_t value_size, int64_t block_size) {
+#if defined(__AMX_BF16__)
+  return type == kTypeBf16 && key_size % kStep == 0 && value_size % 16 == 0 && block_size % kCacheStep == 0;
+#else
+  (void)type, (void)key_size, (void)value_size, (void)block_size;
+  return false;
+#endif
+}
+
+#if defined(__AMX_BF16__)
+// Puts the key of a block's token `place` where it belongs; `block` is the block's keys of one head.
+TM_INLINE void store_tiled_key(bf16* block, int64_t place, const bf16* key, int64_t size) {
+  bf16* to = block + place / 16 * 16 * size + place % 16 * 2;
+  for (int64_t d = 0; d < size; d += 2) std::memcpy(to + d * 16, key + d, 4);
+}
+
+// The same for a value. Only the token's own halves of the lines are written: its neighbour may be at work on the
+// others.
+TM_INLINE void store_tiled_value(bf16* block, int64_t place, const bf16* value, int64_t size) {
+  bf16* to = block + place / 2 * 2 * size;
+  const __mmask32 own = place % 2 ? 0xAAAAAAAAu : 0x55555555u;
+  for (int64_t e = 0; e < size; e += 16) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + e)));
+    if (place % 2) wide = _mm512_slli_epi32(wide, 16);
+    _mm512_mask_storeu_epi16(to + e * 2, own, wide);
+  }
+}
+#endif
+
+}  // namespace tokenmill
