@@ -32,7 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache: KVCacheConfig = KVCacheConfig()
     num_blocks: int | None = None
     """KV blocks, when they are to be counted instead of derived from memory (tests, benchmarks)."""
-    block_size: int = 16
+    block_size: int | None = None
+    """Tokens a block of the cache; None: what the kernels like best, 16 or 32."""
     max_batch: int = 256
     max_batch_tokens: int | None = None
     """Tokens a step, decode and prefill together; None: 8192 on a GPU, 512 on a CPU."""

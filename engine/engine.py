@@ -62,7 +62,7 @@ class Engine:
         self.overlap = on_gpu if config.overlap is None else config.overlap
         forward = self.runner.forward
         logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
-        self.pool = BlockPool(forward.capacity.num_blocks, config.block_size)
+        self.pool = BlockPool(forward.capacity.num_blocks, forward.capacity.block_size)
         step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
         self.scheduler = Scheduler(
             self.pool,
@@ -369,7 +369,7 @@ class Engine:
             tokenizer=model.tokenizer,
             logits_width=model.logits_width,
             max_context=self.runner.max_context,
-            block_size=self.config.block_size,
+            block_size=self.pool.block_size,
             num_blocks=self.pool.num_blocks,
             max_batch=self.config.max_batch,
             fingerprint=model.fingerprint,

@@ -72,16 +72,17 @@ class PagedForward:
         dtype = _cache_dtype(model, config, kernels)
         self._kernels = kernels
         self._layers = layers
+        self._block_size = config.block_size or kernels.block_size(dtype)
         self._logits, self.name = self._build(model, config, layers)
-        self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, config.block_size, dtype, model.device)
+        self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, self._block_size, dtype, model.device)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
         del self._cache
         num_blocks = kv_cache.count_blocks(
-            config, layers, dtype, model.device, model.max_context, activations
+            config, layers, dtype, model.device, model.max_context, self._block_size, activations
         )
         token_bytes = kv_cache.block_bytes(layers, 1, dtype)
-        self.capacity = Capacity(num_blocks, config.block_size, token_bytes)
-        self._cache = kv_cache.allocate(layers, num_blocks, config.block_size, dtype, model.device)
+        self.capacity = Capacity(num_blocks, self._block_size, token_bytes)
+        self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
         if isinstance(self._logits, Decoder) and isinstance(kernels, TracingKernels):
             self._logits = cpu_tape.record(self._logits, self._cache.caches, dtype) or self._logits
 
@@ -100,7 +101,7 @@ class PagedForward:
         counts = torch.full((rows,), tokens // rows, dtype=torch.int32, device=device)
         starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         starts[1:] = counts.cumsum(0)
-        table = torch.zeros(rows, tokens // rows // config.block_size + 1, dtype=torch.int32, device=device)
+        table = torch.zeros(rows, tokens // rows // self._block_size + 1, dtype=torch.int32, device=device)
         metadata = self._metadata(zeros, table, counts, starts, 0)
         logits = self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
         del logits
@@ -225,8 +226,9 @@ class SequentialForward:
     splits_prompts = False
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
-        blocks = config.max_batch * -(-model.max_context // config.block_size)
-        self.capacity = Capacity(blocks, config.block_size, 0.0)
+        block_size = config.block_size or ReferenceKernels().block_size(model.dtype)
+        blocks = config.max_batch * -(-model.max_context // block_size)
+        self.capacity = Capacity(blocks, block_size, 0.0)
         assert model.module is not None
         self._model = SequentialModel(model.module)
 

@@ -104,6 +104,10 @@ class ReferenceKernels:
     token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = staticmethod(reference.token_logprobs)
     route: Callable[..., tuple[Tensor, Tensor]] = staticmethod(reference.route)
 
+    def block_size(self, dtype: torch.dtype) -> int:
+        """Tokens a block of a cache of `dtype` where nothing else is asked for."""
+        return 16
+
     def reserve(self, rows: int, width: int) -> None:
         """Make what steps of at most `rows` rows of `width` logits need, so that none allocates later."""
 
@@ -228,6 +232,10 @@ class CpuKernels(ReferenceKernels):
 
     def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
         return self._attention.paged_attention(query.contiguous(), *args, **options)
+
+    def block_size(self, dtype: torch.dtype) -> int:
+        """The matrix unit takes values of 32 tokens at once, which have to lie in one block (src/cache_layout.h)."""
+        return 32 if dtype is torch.bfloat16 else 16
 
     def own_threads(self) -> None:
         """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""

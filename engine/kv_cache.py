@@ -45,6 +45,7 @@ def count_blocks(
     dtype: torch.dtype,
     device: torch.device,
     max_context: int,
+    block_size: int,
     activations: int = 0,
 ) -> int:
     """How many blocks to allocate: as configured, else what the memory holds, never more than is of use.
@@ -53,14 +54,14 @@ def count_blocks(
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    per_block = block_bytes(layers, config.block_size, dtype)
+    per_block = block_bytes(layers, block_size, dtype)
     gib = config.kv_cache.gib
     if device.type == "cuda" and gib is None:
         free, _ = torch.cuda.mem_get_info(device)
         available = free * config.kv_cache.memory_share - activations
     else:
         available = (CPU_GIB if gib is None else gib) * 2**30
-    useful = config.max_batch * -(-max_context // config.block_size)
+    useful = config.max_batch * -(-max_context // block_size)
     blocks = min(int(available // per_block), useful)
     if blocks < 1:
         raise MemoryError(

@@ -85,8 +85,9 @@ class ModelRunner:
         self.kernels.reserve(config.max_batch, model.logits_width)
         self.forward: Forward = build_forward(model, config, self.kernels)
         self.max_context = min(model.max_context, self.forward.capacity.tokens)
-        blocks = -(-self.max_context // config.block_size)
-        self.batch = InputBatch(config.max_batch, blocks, config.block_size, model.device)
+        block_size = self.forward.capacity.block_size
+        blocks = -(-self.max_context // block_size)
+        self.batch = InputBatch(config.max_batch, blocks, block_size, model.device)
         self.sampler = Sampler(self.kernels, self.batch, model.logits_width, list(model.eos_ids))
         self.graphs: DecodeGraphs | None = None
 

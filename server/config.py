@@ -137,7 +137,7 @@ class Entry(Section, frozen=True, kw_only=True):
     max_context: Count | None = None
     kv_cache: KVCacheConfig = KVCacheConfig()
     num_blocks: Count | None = None
-    block_size: Count = 16
+    block_size: Count | None = None
     max_batch: Count = 256
     max_batch_tokens: Count | None = None
     overlap: bool | None = None

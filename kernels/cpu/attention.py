@@ -1,7 +1,8 @@
 """The paged cache and attention over it on the CPU, twins of `kernels/reference.py`'s.
 
 How keys and values lie inside a cache's blocks is the kernels' own (src/cache_layout.h): it is written by
-`store_kv` and `elementwise.rope_store` alone, and whole blocks may be copied. A query row's result is the same bits however its prompt was chunked and whatever else is in the batch.
+`store_kv` and `elementwise.rope_store` alone, and whole blocks may be copied. A query row's result is the same
+bits however its prompt was chunked and whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of `query` [T, H, D] over each sequence's cache; returns [T, H, E].
 
-    `k_cache` [B, G, S, D] and `v_cache` [B, G, S, E], written by these kernels, have the query's type, bfloat16 or float32;
-    `block_table` [R, P], `seq_lens` [R] and `query_start` [R + 1] are int32. Scores and sums are float32.
+    `k_cache` [B, G, S, D] and `v_cache` [B, G, S, E], written by these kernels, have the query's type, bfloat16
+    or float32; `block_table` [R, P], `seq_lens` [R] and `query_start` [R + 1] are int32. Scores and sums are float32.
     Raises ValueError for shapes or types that don't fit together; block numbers are the caller's to check.
     """
     tokens, heads, key_size = query.shape

@@ -23,7 +23,18 @@ from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.linear import PackedLinear
 
 MAX_BUFFERS = 8
-KINDS = ("rows", "gather", "pick", "linear", "rms_norm", "layer_norm", "rope_store", "attend", "activate", "scale_add")
+KINDS = (
+    "rows",
+    "gather",
+    "pick",
+    "linear",
+    "rms_norm",
+    "layer_norm",
+    "rope_store",
+    "attend",
+    "activate",
+    "scale_add",
+)
 ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD = range(len(KINDS))
 
 

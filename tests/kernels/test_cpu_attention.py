@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import reference
-from tokenmill.kernels.cpu.attention import paged_attention
+from tokenmill.kernels.cpu.attention import paged_attention, store_kv
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
 
@@ -25,13 +25,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[InstructionSet]:
         yield request.param
 
 
+def laid_out(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain caches [B, G, S, D], [B, G, S, E] as the kernels lay them out."""
+    blocks, kv_heads, size, _ = k_cache.shape
+    mine = torch.full_like(k_cache, float("nan")), torch.full_like(v_cache, float("nan"))
+    key, value = (
+        x.transpose(1, 2).reshape(blocks * size, kv_heads, -1).contiguous() for x in (k_cache, v_cache)
+    )
+    store_kv(key, value, *mine, torch.arange(blocks * size))
+    return mine
+
+
 class Case:
     """A random step: sequences of several lengths, some with one query, some with a chunk, some with none."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         kv_heads, size = pick.choice([1, 2, 3]), pick.choice([16, 24, 64, 64, 80, 96, 128])
-        heads, block_size = kv_heads * pick.choice([1, 2, 3, 5]), pick.choice([5, 8, 16, 16, 32])
+        heads, block_size = kv_heads * pick.choice([1, 2, 3, 5]), pick.choice([5, 8, 16, 32, 32, 64])
         value_size = pick.choice([size, size, 24, 32])
         lengths = [pick.choice(LENGTHS) for _ in range(pick.randint(1, 4))]
         chunks = [pick.choice([0, 1, length, min(length, 33), -(-length // 2)]) for length in lengths]
@@ -46,6 +57,7 @@ class Case:
             if tail := length % block_size:
                 self.v_cache[table[row, length // block_size], :, tail:] = float("nan")
                 self.k_cache[table[row, length // block_size], :, tail:] = float("nan")
+        self.caches = laid_out(self.k_cache, self.v_cache)
         self.table, self.lengths = table, torch.tensor(lengths, dtype=torch.int32)
         self.starts = torch.tensor([0, *chunks]).cumsum(0).int()
         self.query = torch.randn(sum(chunks), heads, size, generator=generator).to(dtype)
@@ -58,7 +70,7 @@ class Case:
 
     def run(self) -> Tensor:
         return paged_attention(
-            self.query, self.k_cache, self.v_cache, self.table, self.lengths, self.starts, **self.options
+            self.query, *self.caches, self.table, self.lengths, self.starts, **self.options
         )
 
     def expected(self) -> Tensor:
@@ -70,8 +82,7 @@ class Case:
         length = int(self.lengths[row]) - (int(self.starts[row + 1]) - query - 1)
         return paged_attention(
             self.query[query : query + 1],
-            self.k_cache,
-            self.v_cache,
+            *self.caches,
             self.table[row : row + 1],
             torch.tensor([length], dtype=torch.int32),
             torch.tensor([0, 1], dtype=torch.int32),
@@ -102,25 +113,47 @@ def test_a_row_is_the_same_bits_alone(isa: InstructionSet, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [255, 256, 257, 1030])
-def test_long_contexts_split_into_parts(isa: InstructionSet, dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_long_contexts_split_into_parts(
+    isa: InstructionSet, dtype: torch.dtype, length: int, block_size: int
+) -> None:
     generator = torch.Generator().manual_seed(length)
-    blocks = -(-length // 16)
-    k_cache, v_cache = (torch.randn(blocks, 2, 16, 64, generator=generator).to(dtype) for _ in range(2))
+    blocks = -(-length // block_size)
+    k_cache, v_cache = (
+        torch.randn(blocks, 2, block_size, 64, generator=generator).to(dtype) for _ in range(2)
+    )
     k_cache *= torch.linspace(0.2, 3, blocks)[:, None, None, None].to(dtype)  # the maximum moves
     query = torch.randn(1, 6, 64, generator=generator).to(dtype)
     table = torch.randperm(blocks, generator=generator)[None].int()
     arguments = (table, torch.tensor([length]).int(), torch.tensor([0, 1]).int())
-    ours = paged_attention(query, k_cache, v_cache, *arguments, scale=0.125)
+    ours = paged_attention(query, *laid_out(k_cache, v_cache), *arguments, scale=0.125)
     theirs = reference.paged_attention(
         query.float(), k_cache.float(), v_cache.float(), *arguments, scale=0.125
     )
     assert (ours.float() - theirs).norm() <= TOLERANCE[dtype] * theirs.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_what_is_stored_for_nobody_changes_nothing(
+    isa: InstructionSet, dtype: torch.dtype, block_size: int
+) -> None:
+    caches = [torch.rand(3, 2, block_size, 32).to(dtype) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    store_kv(*(torch.full((2, 2, 32), 7, dtype=dtype) for _ in range(2)), *caches, torch.tensor([-1, -1]))
+    assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
+    store_kv(
+        *(torch.full((1, 2, 32), 7, dtype=dtype) for _ in range(2)), *caches, torch.tensor([block_size + 5])
+    )
+    for cache, old in zip(caches, before, strict=True):
+        assert int((cache == 7).sum()) == 2 * 32, "one token, its neighbours as they were"
+        assert torch.equal(cache[[0, 2]], old[[0, 2]])
+
+
 def test_result_may_be_given_a_place(isa: InstructionSet) -> None:
     case = Case(3, torch.float32)
     out = torch.empty(case.query.shape[0], case.query.shape[1], case.v_cache.shape[3])
-    arguments = (case.query, case.k_cache, case.v_cache, case.table, case.lengths, case.starts)
+    arguments = (case.query, *case.caches, case.table, case.lengths, case.starts)
     assert paged_attention(*arguments, **case.options, out=out) is out
     assert torch.equal(out, case.run())
 

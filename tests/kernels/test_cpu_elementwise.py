@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import reference
-from tokenmill.kernels.cpu import elementwise
+from tokenmill.kernels.cpu import attention, elementwise
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
 
@@ -77,16 +77,22 @@ def test_rope_and_store(
     isa: InstructionSet, dtype: torch.dtype, tokens: int, size: int, half: int, interleaved: bool
 ) -> None:
     generator = torch.Generator().manual_seed(size + tokens)
-    for normed, value_size, tables in ((False, size, "rows"), (True, 40, "context"), (True, size, "none")):
+    for normed, value_size, tables, block_size in (
+        (False, size, "rows", 16),
+        (True, 40, "context", 16),
+        (True, size, "none", 32),
+    ):
         qkv = torch.randn(tokens, 8 * size + 2 * value_size, generator=generator).to(dtype)
         rows = 99 if tables == "context" else tokens
         cos, sin = (
             None if tables == "none" else torch.randn(rows, half, generator=generator) for _ in range(2)
         )
         positions = torch.randint(0, 99, (tokens,), generator=generator) if tables == "context" else None
-        slots = torch.randperm(9 * 16, generator=generator)[:tokens]
+        slots = torch.randperm(9 * block_size, generator=generator)[:tokens]
         weights = [torch.randn(size, generator=generator).to(dtype) if normed else None for _ in range(2)]
-        caches = [[torch.zeros(9, 2, 16, n, dtype=dtype) for n in (size, value_size)] for _ in range(2)]
+        caches = [
+            [torch.zeros(9, 2, block_size, n, dtype=dtype) for n in (size, value_size)] for _ in range(2)
+        ]
         queries = [
             function(
                 *(qkv, cos, sin, slots, k_cache, v_cache),
@@ -102,8 +108,11 @@ def test_rope_and_store(
             )
         ]
         close(*queries)
-        close(caches[0][0], caches[1][0])
-        assert torch.equal(caches[0][1], caches[1][1])
+        expected = [torch.zeros_like(cache) for cache in caches[1]]
+        stored = [cache.transpose(1, 2).reshape(9 * block_size, 2, -1).contiguous() for cache in caches[1]]
+        attention.store_kv(*stored, *expected, torch.arange(9 * block_size))
+        close(caches[0][0], expected[0])
+        assert torch.equal(caches[0][1], expected[1])
 
 
 def test_a_negative_slot_stores_nothing(isa: InstructionSet) -> None:

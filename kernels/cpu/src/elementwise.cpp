@@ -36,7 +36,7 @@ void scale_row(const X* x, const W* weight, float inverse, float offset, int64_t
 template <class T>
 void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed, int64_t rows, int64_t size,
                float eps, float offset) {
-  parallel_ranges(rows, grain(size), [&](int64_t first, int64_t last) {
+  parallel_ranges(rows, rows_a_piece(rows, grain(size)), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const T* row = x + r * size;
       if (residual) {
@@ -198,7 +198,7 @@ TM_API void tm_layer_norm(const void* x, const void* weight, const void* bias, v
 
 TM_API void tm_rope_store(const tokenmill::Rope* job) {
   using namespace tokenmill;
-  parallel_ranges(job->tokens, grain(job->width()), [&](int64_t first, int64_t last) {
+  parallel_ranges(job->tokens, rows_a_piece(job->tokens, grain(job->width())), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       with_type(job->type, [&](auto element) { rope_token<decltype(element)>(*job, t); });
     }

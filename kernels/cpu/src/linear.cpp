@@ -240,13 +240,14 @@ void run(const Call& call, const X* x) {
   const int64_t row_bytes = operand.stride * static_cast<int64_t>(sizeof(T));
   const int64_t fit = std::min(std::max<int64_t>(kPanelBytes / row_bytes, 128), kMaxPanelRows);
   const int64_t panel = divide_up(divide_up(call.rows, divide_up(call.rows, fit)), kBlock) * kBlock;
-  const int64_t pairs = w.pairs();
-  const std::vector<int64_t> runs = split_pairs(pairs);
+  const int64_t piece = rows_a_piece(call.rows, panel), pieces = divide_up(call.rows, piece);
+  const std::vector<int64_t> runs = many(call.rows) ? std::vector<int64_t>{0, w.pairs()} : split_pairs(w.pairs());
   const int64_t count = static_cast<int64_t>(runs.size()) - 1;
-  parallel_for(divide_up(call.rows, panel) * count, [&](int64_t task) {
-    const int64_t first = task / count * panel, run = task % count;
-    const int64_t last = first + panel < call.rows ? first + panel : call.rows;
-    run_task(call, operand, runs[run], runs[run + 1], first, last);
+  parallel_for(pieces * count, [&](int64_t task) {
+    const int64_t run = task % count, last = std::min((task / count + 1) * piece, call.rows);
+    for (int64_t first = task / count * piece; first < last; first += panel) {
+      run_task(call, operand, runs[run], runs[run + 1], first, std::min(first + panel, last));
+    }
   });
 }
 

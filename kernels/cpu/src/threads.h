@@ -34,6 +34,17 @@ void parallel_for(int64_t count, const Lambda& body) {
       count, [](const void* context, int64_t index) { (*static_cast<const Lambda*>(context))(index); }, &body);
 }
 
+// Rows are many, as in prefill, where each thread had better take its own, the same in every pass over them: it finds
+// what it wrote in its own cache.
+inline bool many(int64_t rows) { return rows >= 384; }
+
+// How many of `rows` rows a piece of work takes: a thread's share of many, else `few`.
+inline int64_t rows_a_piece(int64_t rows, int64_t few) {
+  constexpr int64_t kRound = 32;
+  const int64_t share = (rows + thread_count() - 1) / thread_count();
+  return many(rows) ? (share + kRound - 1) / kRound * kRound : few;
+}
+
 // Calls body(first, last) over consecutive pieces of 0 .. count - 1 of `grain` each.
 template <class Lambda>
 void parallel_ranges(int64_t count, int64_t grain, const Lambda& body) {
