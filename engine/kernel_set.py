@@ -78,6 +78,9 @@ class Adjustments:
     mask: tuple[Tensor, Tensor] | None = None
     """Rows [n] int64 and, [n, words] int32, the tokens that their grammars allow."""
 
+    def __bool__(self) -> bool:
+        return self.bias is not None or bool(self.penalties) or self.mask is not None
+
 
 class ReferenceKernels:
     """Plain torch on any device; the base of the faster sets, which replace what they do better."""
@@ -152,8 +155,7 @@ class ReferenceKernels:
 
     def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
         """Float32 logits [N, V] after `changes`; those given stay as they are."""
-        changed = changes.bias is not None or changes.penalties or changes.mask is not None
-        work = logits.clone() if changed and logits.dtype is torch.float32 else logits.float()
+        work = logits.clone() if changes and logits.dtype is torch.float32 else logits.float()
         if changes.bias is not None:
             self.apply_logit_bias(work, *changes.bias)
         for penalties in changes.penalties:
@@ -176,13 +178,16 @@ class ReferenceKernels:
         `filtered` False says that no row uses min_p, top_k or top_p. `counted` are lines [N] int64 (-1: none) of
         counts [M, V] int32 in which each token is counted.
         """
-        tokens = self.sample(logits, *settings)
-        flags = ~torch.isfinite(logits.amax(-1)) if len(logits) else torch.zeros(0, dtype=torch.bool)
+        tokens, flags = self._drawn(logits, settings)
         if counted is not None:
             lines, counts = counted
             rows = (lines >= 0).nonzero().flatten()
             counts[lines[rows], tokens[rows]] += 1
         return tokens if out is None else out.copy_(tokens), flags
+
+    def _drawn(self, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        flags = ~torch.isfinite(logits.amax(-1)) if len(logits) else torch.zeros(0, dtype=torch.bool)
+        return self.sample(logits, *settings), flags
 
 
 def join(weights: list[Tensor]) -> Tensor:
@@ -236,6 +241,14 @@ class CpuKernels(ReferenceKernels):
     def block_size(self, dtype: torch.dtype) -> int:
         """The matrix unit takes values of 32 tokens at once, which have to lie in one block (src/cache_layout.h)."""
         return 32 if dtype is torch.bfloat16 else 16
+
+    def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
+        """As the base's; logits that nothing changes are drawn from in the type that they have."""
+        return super().adjust(logits, changes) if changes else logits
+
+    def _drawn(self, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        tokens, flags = self._sampling.draw(logits, *settings)
+        return tokens, flags
 
     def own_threads(self) -> None:
         """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""

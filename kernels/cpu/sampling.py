@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu.library import check, required, type_of
 
-_SAMPLING = struct.Struct("@8P2qi")
+_SAMPLING = struct.Struct("@9P2qi")
 """`Sampling` of src/sampling.cpp."""
 
 
@@ -30,18 +30,31 @@ def sample(
     Filters in the order min_p, top_k, top_p, equal values by rising id. All settings are [N]: float32, but
     `top_k` (0: off), `seeds`, `positions` int64.
     """
+    return draw(logits, temperature, min_p, top_k, top_p, seeds, positions)[0]
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, with flags [N] bool: rows that hold a NaN or have no finite largest logit."""
     rows, vocabulary = logits.shape
     check(logits, "logits", (rows, vocabulary))
     floats = [check(x, "setting", (rows,), torch.float32).data_ptr() for x in (temperature, min_p, top_p)]
     ints = [check(x, "setting", (rows,), torch.int64).data_ptr() for x in (top_k, seeds, positions)]
-    chosen = torch.empty(rows, dtype=torch.int64)
+    chosen, flags = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
     required().tm_sample(
         _SAMPLING.pack(
             *(logits.data_ptr(), floats[0], floats[1], ints[0], floats[2], ints[1], ints[2]),
-            *(chosen.data_ptr(), rows, vocabulary, type_of(logits)),
+            *(chosen.data_ptr(), flags.data_ptr(), rows, vocabulary, type_of(logits)),
         )
     )
-    return chosen
+    return chosen, flags
 
 
 def first_argmax(values: Tensor) -> Tensor:

@@ -214,3 +214,21 @@ def test_shapes_that_do_not_fit_are_refused(isa: InstructionSet) -> None:
         sampling.first_argmax(torch.zeros(2, 10, dtype=torch.float16))
     with pytest.raises(ValueError, match="cover"):
         sampling.apply_bitmask(torch.zeros(1, 64), ints(0), torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_rows_without_a_finite_largest_logit_are_flagged(
+    isa: InstructionSet, dtype: torch.dtype, filtered: bool, temperature: float
+) -> None:
+    logits = torch.randn(7, 40_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1, 39_999] = float("nan")
+    logits[2, 17] = float("inf")
+    logits[3] = float("-inf")
+    logits[4] = float("nan")
+    logits[5, 100:] = float("-inf")
+    chosen = settings(7, temperature=temperature, **({"top_k": 5, "top_p": 0.9} if filtered else {}))
+    tokens, flags = sampling.draw(logits, *chosen)
+    assert flags.tolist() == [False, True, True, True, True, False, False]
+    assert torch.equal(tokens[[0, 5, 6]], reference.sample(logits.float(), *chosen)[[0, 5, 6]])

@@ -24,6 +24,7 @@ struct Sampling {
   const int64_t* seeds;
   const int64_t* positions;
   int64_t* chosen;     // [rows]
+  uint8_t* flags;      // [rows]: 1 where a row has a NaN, or no finite largest logit
   int64_t rows;
   int64_t vocabulary;
   int32_t type;
@@ -37,6 +38,7 @@ struct Sampling {
 struct Best {
   float value;
   int64_t id;
+  bool nan = false;  // one was seen
 };
 
 TM_INLINE U mix32(U x) {
@@ -72,6 +74,9 @@ TM_INLINE F gumbel(U hashed) {
 struct LaneBest {
   F value = splat(-INFINITY);
   I id = splat(INT32_MAX);
+  I nan = splat(0);
+
+  TM_INLINE void watch(F logit) { nan = nan | (logit != logit); }
 
   TM_INLINE void offer(F candidate, I ids) {
     I better = candidate > value;
@@ -84,9 +89,11 @@ struct LaneBest {
     int32_t ids[kLanes];
     store(values, value);
     std::memcpy(ids, &id, sizeof ids);
-    Best best{values[0], ids[0]};
+    Best best{values[0], ids[0], mask_bits(nan) != 0};
     for (int i = 1; i < kLanes; ++i) {
-      if (values[i] > best.value || (values[i] == best.value && ids[i] < best.id)) best = {values[i], ids[i]};
+      if (values[i] < best.value || (values[i] == best.value && ids[i] >= best.id)) continue;
+      best.value = values[i];
+      best.id = ids[i];
     }
     return best;
   }
@@ -116,6 +123,7 @@ Best drawn_best(const Sampling& job, int64_t row, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kLanes) {
     const I ids = lane_index() + splat(static_cast<int32_t>(i));
     const F logit = load_logits(logits + i, last - i);
+    best.watch(logit);
     const U hashed = hash_tokens(key, ids);
     if (mask_bits(may_win(hashed, logit * inverse, highest, room)) == 0) continue;
     best.offer(logit / temperature + gumbel(hashed), ids);
@@ -130,7 +138,9 @@ Best segment_best(const Sampling& job, int64_t row, int64_t first, int64_t last)
   if (!job.greedy(row)) return drawn_best<T>(job, row, first, last);
   LaneBest best;
   for (int64_t i = first; i < last; i += kLanes) {
-    best.offer(load_logits(logits + i, last - i), lane_index() + splat(static_cast<int32_t>(i)));
+    const F logit = load_logits(logits + i, last - i);
+    best.watch(logit);
+    best.offer(logit, lane_index() + splat(static_cast<int32_t>(i)));
   }
   return best.result();
 }
@@ -184,14 +194,16 @@ class Nucleus {
   float top_p_;
 };
 
-// Candidates of a filtered row at the front of `keys`; `scaled` [vocabulary] is overwritten.
+// Candidates of a filtered row at the front of `keys`; `scaled` [vocabulary] is overwritten, `best` is shown all logits.
 template <class T>
-int64_t candidates(const Sampling& job, int64_t row, float* scaled, uint64_t* keys) {
+int64_t candidates(const Sampling& job, int64_t row, float* scaled, uint64_t* keys, LaneBest& best) {
   const int64_t size = job.vocabulary;
   const T* logits = static_cast<const T*>(job.logits) + row * size;
   const F temperature = splat(job.temperature[row]);
   for (int64_t i = 0; i < size; i += kLanes) {
-    store_up_to(scaled + i, load_logits(logits + i, size - i) / temperature, size - i);
+    const F logit = load_logits(logits + i, size - i);
+    best.watch(logit);
+    store_up_to(scaled + i, logit / temperature, size - i);
   }
   const float maximum = row_maximum(scaled, size), top_p = job.top_p[row];
   const int64_t top_k = job.top_k[row];
@@ -218,10 +230,10 @@ template <class T>
 Best filtered_best(const Sampling& job, int64_t row) {
   float* scaled = scratch<float>(kAccumulator, job.vocabulary + kLanes);
   uint64_t* keys = scratch<uint64_t>(kPanel, job.vocabulary + kLanes);
-  const int64_t count = candidates<T>(job, row, scaled, keys);
+  LaneBest best;
+  const int64_t count = candidates<T>(job, row, scaled, keys, best);
   std::sort(keys, keys + count, [](uint64_t a, uint64_t b) { return key_id(a) < key_id(b); });
   const uint64_t key = noise_key(job.seeds[row], job.positions[row]);
-  LaneBest best;
   for (int64_t i = 0; i < count; i += kLanes) {
     float values[kLanes];
     int32_t ids[kLanes] = {};
@@ -254,12 +266,17 @@ void sample_rows(const Sampling& job) {
   });
   std::vector<float> best(job.rows, -INFINITY);
   std::fill(job.chosen, job.chosen + job.rows, 0);
+  std::fill(job.flags, job.flags + job.rows, 0);
   for (size_t i = 0; i < pieces.size(); ++i) {
     const int64_t row = pieces[i].row;
+    if (found[i].nan) job.flags[row] = 1;
     if (found[i].value > best[row]) {
       best[row] = found[i].value;
       job.chosen[row] = found[i].id;
     }
+  }
+  for (int64_t row = 0; row < job.rows; ++row) {
+    if (!std::isfinite(best[row])) job.flags[row] = 1;
   }
 }
 
