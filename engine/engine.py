@@ -87,11 +87,20 @@ class Engine:
             progress("compiling the GPU kernels", None)
             self.runner.make_graphs()
             self.warm_up_next()
+        self.idle_work = True
+        """Whether an idle moment is of use (`work_idly`)."""
         self.load_seconds = time.perf_counter() - began
 
     def warm_up_next(self) -> None:
         """Capture one more bucket of decode steps. `step` does so, too, until all are there."""
         self.warming = self.runner.capture_next()
+
+    def work_idly(self) -> None:
+        """Do a few milliseconds of what spares later requests time."""
+        if self.warming:
+            self.warm_up_next()
+        else:
+            self.idle_work = self.runner.forward.touch_next()
 
     # ---------------------------------------------------------------- in
 

@@ -54,6 +54,9 @@ class Forward(Protocol):
 
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor: ...
 
+    def touch_next(self) -> bool:
+        """In an idle moment: make some of the cache's memory ready. False once there is nothing more to do."""
+
     def start(self, slot: int) -> None:
         """Another sequence takes over a slot."""
 
@@ -83,6 +86,7 @@ class PagedForward:
         token_bytes = kv_cache.block_bytes(layers, 1, dtype)
         self.capacity = Capacity(num_blocks, self._block_size, token_bytes)
         self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
+        self._touches = self._cache.touches()
         if isinstance(self._logits, Decoder) and isinstance(kernels, TracingKernels):
             self._logits = cpu_tape.record(self._logits, self._cache.caches, dtype) or self._logits
 
@@ -180,6 +184,9 @@ class PagedForward:
             parts.append(self._logits(tokens[now], positions[now], metadata, None))
         return torch.cat(parts)
 
+    def touch_next(self) -> bool:
+        return next(self._touches, False) is None
+
     def start(self, slot: int) -> None:
         """Nothing to do: blocks belong to sequences, not to slots."""
 
@@ -234,6 +241,9 @@ class SequentialForward:
 
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
         return self._model(step, inputs)
+
+    def touch_next(self) -> bool:
+        return False
 
     def start(self, slot: int) -> None:
         self._model.start(slot)

@@ -166,8 +166,8 @@ class Host:
             elif self._draining:
                 self._outbox.put(engine.stats())
                 return
-            elif engine.warming:
-                engine.warm_up_next()
+            elif engine.idle_work:
+                engine.work_idly()
             now = time.monotonic()
             if now - reported >= STATS_INTERVAL or not engine.has_work:
                 self._outbox.put(engine.stats())
@@ -175,7 +175,7 @@ class Host:
 
     def _take_messages(self, engine: Engine) -> None:
         for message in self._waiting_messages(
-            block=not (engine.has_work or engine.warming or self._draining)
+            block=not (engine.has_work or engine.idle_work or self._draining)
         ):
             if isinstance(message, Add):
                 self._add(engine, message)

@@ -8,6 +8,7 @@ Block 0 belongs to nobody: what is computed for no request may be written there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.kernels.cpu import memory
 
 CPU_GIB = 1.0
+TOUCHED_BYTES = 128 * 2**20
+"""Of a CPU's cache that are made ready before they are needed; the rest is taken as it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,14 @@ class KVCache:
     caches: list[tuple[Tensor, Tensor]]
     num_blocks: int
     block_size: int
+
+    def touches(self) -> Iterator[None]:
+        """Make a CPU cache's first blocks ready, those of one tensor each time that the iterator is advanced."""
+        tensors = [tensor for pair in self.caches for tensor in pair if tensor.is_cpu]
+        for tensor in tensors:
+            if not memory.touch(tensor, 0, min(tensor.nbytes, TOUCHED_BYTES // len(tensors))):
+                return
+            yield
 
     @property
     def capacity(self) -> int:
