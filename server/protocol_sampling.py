@@ -140,7 +140,8 @@ class SamplingFields(Strict):
     )
     guided_json: dict[str, Any] | str | None = Field(
         None,
-        description="The JSON schema of the answer, as an object or as text.",
+        description="The JSON schema of the answer, as an object or as text. Objects that list `properties` "
+        "and don't mention `additionalProperties` get no other keys.",
         examples=[{"type": "object"}],
     )
     guided_regex: str | None = Field(

@@ -36,7 +36,8 @@ class Function(Strict):
     )
     parameters: dict[str, Any] | None = Field(
         None,
-        description="JSON schema of its arguments, an object; no arguments if not given.",
+        description="JSON schema of its arguments, an object; no arguments if not given. Where it is enforced, "
+        "objects that list `properties` and don't mention `additionalProperties` get no other keys.",
         examples=[{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}],
     )
     strict: bool | None = Field(
