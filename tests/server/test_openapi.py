@@ -104,5 +104,5 @@ def test_every_number_and_text_of_a_request_has_its_bounds(document: dict[str, A
                 assert bounds & set(option) or name in UNBOUNDED, (where, name)
 
 
-UNBOUNDED = {"index", "id_slot"}
+UNBOUNDED = {"index"}
 """Accepted without effect."""
