@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema
 
 from tokenmill.server.errors import shorten
 from tokenmill.server.fields import Stop, refused
@@ -188,75 +188,3 @@ class InfillRequest(Strict):
         "it always, and a prompt that takes longer still deserves its answer.",
         examples=[500],
     )
-
-
-class FimMessage(BaseModel):
-    """What was filled in."""
-
-    role: Literal["assistant"]
-    content: str
-    tool_calls: None = None
-
-
-class FimChoice(BaseModel):
-    """The one choice of the answer; in a stream `delta` stands for `message`."""
-
-    index: int
-    message: FimMessage
-    finish_reason: Literal["stop", "length"] | None
-
-
-class FimUsage(BaseModel):
-    """Tokens of the request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class FimResponse(BaseModel):
-    """The answer, in the shape of a chat completion."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    choices: list[FimChoice]
-    usage: FimUsage
-
-
-class InfillTimings(BaseModel):
-    """Tokens and milliseconds of the prompt and of the text."""
-
-    prompt_n: int
-    prompt_ms: float
-    prompt_per_token_ms: float
-    prompt_per_second: float
-    predicted_n: int
-    predicted_ms: float
-    predicted_per_token_ms: float
-    predicted_per_second: float
-
-
-class InfillResponse(BaseModel):
-    """The answer; a stream's events have the first fields, its last one has all.
-
-    With `response_fields` it has only those.
-    """
-
-    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
-
-    index: int
-    content: str
-    tokens: list[int]
-    stop: bool
-    id_slot: int
-    model: str
-    tokens_predicted: int
-    tokens_evaluated: int
-    tokens_cached: int
-    truncated: bool
-    stop_type: Literal["none", "eos", "limit", "word"]
-    stopping_word: str
-    has_new_line: bool
-    timings: InfillTimings

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,14 +17,16 @@ from tokenmill.server.chat_protocol_responses import ChatResponse
 from tokenmill.server.completion_tools import ToolCompletionEndpoint
 from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.fim_protocol import FimRequest, FimResponse, InfillRequest, InfillResponse
+from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.fim_protocol_responses import FimResponse, InfillResponse
 from tokenmill.server.fim_routes import FimEndpoint, InfillEndpoint
-from tokenmill.server.openapi import Operation, document_operations
+from tokenmill.server.openapi import Operation
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.protocol_responses import CompletionResponse
 from tokenmill.server.registry import Registry
 from tokenmill.server.tokenize import TokenizerEndpoint, detokenize, tokenize, tokenizer_info
 from tokenmill.server.tokenize_protocol import (
+    MODEL,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
@@ -31,6 +34,10 @@ from tokenmill.server.tokenize_protocol import (
     TokenizerInfoResponse,
 )
 
+ModelQuery = Annotated[
+    str | None,
+    Query(description=MODEL, examples=["huggingfacetb/smollm2-135m-instruct"]),
+]
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -57,8 +64,8 @@ class Route(msgspec.Struct, frozen=True):
     streams: bool = True
 
 
-def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> None:
-    """All routes that need a model, with their documentation."""
+def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> list[Operation]:
+    """All routes that need a model; what they take and give."""
     routes = _routes(registry, config)
     for route in routes:
         app.add_api_route(
@@ -71,13 +78,15 @@ def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> 
         )
 
     @app.get("/tokenizer_info", summary="Describe a model's tokenizer", response_class=Response)
-    async def get_tokenizer_info(model: str | None = None) -> Response:
+    async def get_tokenizer_info(model: ModelQuery = None) -> Response:
         info = await tokenizer_info(model, registry)
         return Response(msgspec.json.encode(info), media_type="application/json")
 
     operations = [Operation(route.path, route.answer, route.body, route.streams) for route in routes]
-    operations.append(Operation("/tokenizer_info", TokenizerInfoResponse, method="get"))
-    document_operations(app, operations)
+    return [
+        *operations,
+        Operation("/tokenizer_info", TokenizerInfoResponse, errors=("400", "404", "503")),
+    ]
 
 
 def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
