@@ -54,8 +54,8 @@ class MistralParser(ToolParser):
     IDENTIFIER = "[CALL_ID]"
     ARGUMENTS = "[ARGS]"
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
-        super().__init__(functions, limit)
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
+        super().__init__(functions, limit, required)
         self._listed = False
 
     def _content(self) -> bool:
@@ -124,8 +124,8 @@ class DeepSeekParser(ToolParser):
     SEPARATOR = "<｜tool▁sep｜>"
     CLOSE = "<｜tool▁call▁end｜>"
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
-        super().__init__(functions, limit)
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
+        super().__init__(functions, limit, required)
         self._kind = ""
 
     def _content(self) -> bool:

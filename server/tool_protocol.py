@@ -41,7 +41,12 @@ class Function(Strict):
         examples=[{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}],
     )
     strict: bool | None = Field(
-        None, description="Whether arguments must always fit the schema.", examples=[True]
+        None,
+        description="Whether arguments must fit the schema under the choice `auto` too. They can be made to where "
+        "the model's calls begin with a marker (Hermes, Qwen, Mistral, DeepSeek); calls in bare JSON (Llama 3, "
+        "models without a form of their own) can't be told from other JSON while they are written. A call that "
+        "is demanded, by `required` or by name, always fits.",
+        examples=[True],
     )
 
     def definition(self) -> dict[str, object]:

@@ -39,6 +39,10 @@ class TagScanner:
         self._empty = True
         self._pieces: list[str] = []
 
+    @property
+    def promising(self) -> bool:
+        return not self.failed
+
     def feed(self, text: str) -> int:
         self._buffer += text
         while not (self.done or self.failed) and self._advance():
