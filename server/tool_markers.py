@@ -5,13 +5,13 @@ from __future__ import annotations
 from tokenmill.server.chat_markup import cut
 from tokenmill.server.tool_json import FUNCTION_NAME, ArgumentsScanner, CallScanner
 from tokenmill.server.tool_parser import Functions, ToolParser
-from tokenmill.server.tool_tags import FUNCTION, TagScanner
+from tokenmill.server.tool_tags import FUNCTION, PairScanner, TagScanner
 
 
 class HermesParser(ToolParser):
     """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others.
 
-    Inside, later Qwen models write tags instead of JSON; either is read.
+    Inside, later Qwen models and GLM write tags of their own instead of JSON; any of them is read.
     """
 
     OPEN = "<tool_call>"
@@ -33,8 +33,11 @@ class HermesParser(ToolParser):
         self._buffer = self._buffer[blanks:]
         if FUNCTION.startswith(self._buffer) and self._buffer != FUNCTION:
             return False
-        tagged = self._buffer.startswith(FUNCTION)
-        self._begin(TagScanner(self.functions) if tagged else CallScanner())
+        if self._buffer.startswith(FUNCTION):
+            self._begin(TagScanner(self.functions))
+        else:
+            named = FUNCTION_NAME.match(self._buffer) is not None
+            self._begin(PairScanner(self.functions) if named else CallScanner())
         return True
 
     def _after(self) -> bool:

@@ -50,6 +50,13 @@ def tagged(name: str, **values: str) -> str:
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
+def pairs(name: str, **values: str) -> str:
+    written = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in values.items()
+    )
+    return f"<tool_call>{name}\n{written}</tool_call>"
+
+
 def deepseek(name: str, arguments: str) -> str:
     return f"{B}function{SEP}{name}\n```json\n{arguments}\n```{E}"
 
@@ -99,6 +106,19 @@ CASES: list[tuple[type[ToolParser], str, str, Calls]] = [
     (HermesParser, "<tool_call><function=f></tool_call>", "", [("f", "{}")]),
     (HermesParser, "<tool_call> <function f>", "<tool_call> <function f>", []),
     (HermesParser, "<tool_call>\n<function=a b\n>", "<tool_call>\n<function=a b\n>", []),
+    # GLM-4.5's pairs.
+    (HermesParser, pairs("f", city="Paris"), "", [F]),
+    (HermesParser, f"Hm.\n{pairs('f', city='Paris')}\n{pairs('g')}\n", "Hm.", [F, ("g", "{}")]),
+    (
+        HermesParser,
+        pairs("f", city="5", days="5", on="true", text=" a\n<b>", list='["]"]'),
+        "",
+        [("f", '{"city": "5", "days": 5, "on": true, "text": " a\\n<b>", "list": ["]"]}')],
+    ),
+    (HermesParser, pairs("f", city="Paris").replace("\n", ""), "", [F]),
+    (HermesParser, "<tool_call>f\n<arg_key>city</arg_key>\n<arg_value>Par", "", [("f", "")]),
+    (HermesParser, "<tool_call>f\n</tool_call>", "", [("f", "{}")]),
+    (HermesParser, "<tool_call>word\n</tool_call>", "<tool_call>word\n</tool_call>", []),
     # Llama 3 and the generic form.
     (BareParser, f'{{"name": "f", "parameters": {PARIS}}}', "", [F]),
     (BareParser, f'<|python_tag|>{{"name": "x", "parameters": {PARIS}}}', "", [("x", PARIS)]),
