@@ -37,6 +37,8 @@ class Operation(msgspec.Struct, frozen=True):
     """None: plain text."""
     body: type[BaseModel] | None = None
     streams: bool = False
+    example: dict[str, Any] | None = None
+    """A body that works as it is."""
     errors: tuple[str, ...] = OF_BODIES
     """Statuses of errors beside those that every route may answer with."""
     probe: bool = False
@@ -82,7 +84,7 @@ def _described(operation: Operation) -> dict[str, Any]:
     if operation.answer is not None:
         answer = _content(operation.answer)
     if operation.streams:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {"schema": {}}
     errors = {
         status: {"description": _ERRORS[status], "content": _content(ErrorResponse)}
         for status in sorted({*OF_ALL, *operation.errors})
@@ -92,7 +94,10 @@ def _described(operation: Operation) -> dict[str, Any]:
         responses["503"] = {"description": "It doesn't serve.", "content": answer}
     described: dict[str, Any] = {"responses": responses}
     if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": _content(operation.body)}
+        content = _content(operation.body)
+        if operation.example is not None:
+            content["application/json"]["example"] = operation.example
+        described["requestBody"] = {"required": True, "content": content}
     return described
 
 

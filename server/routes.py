@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Query
@@ -61,6 +61,8 @@ class Route(msgspec.Struct, frozen=True):
     name: str
     body: type[BaseModel]
     answer: type[BaseModel]
+    example: dict[str, Any]
+    """A body that works as it is; put together from the examples of all fields it wouldn't."""
     streams: bool = True
 
 
@@ -82,7 +84,9 @@ def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> 
         info = await tokenizer_info(model, registry)
         return Response(msgspec.json.encode(info), media_type="application/json")
 
-    operations = [Operation(route.path, route.answer, route.body, route.streams) for route in routes]
+    operations = [
+        Operation(route.path, route.answer, route.body, route.streams, route.example) for route in routes
+    ]
     return [
         *operations,
         Operation("/tokenizer_info", TokenizerInfoResponse, errors=("400", "404", "503")),
@@ -96,7 +100,11 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
         salt_rule=config.cache_salt,
     )
     gateway = msgspec.structs.replace(options, gateway=True)
-    completions = (CompletionRequest, CompletionResponse)
+    completions = (
+        CompletionRequest,
+        CompletionResponse,
+        {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
+    )
     return [
         Route(
             "/v1/completions",
@@ -119,6 +127,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "create_chat_completion",
             ChatRequest,
             ChatResponse,
+            {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
         ),
         Route(
             "/v1/fim/completions",
@@ -127,6 +136,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "create_fim_completion",
             FimRequest,
             FimResponse,
+            {"prompt": "def add(a, b):\n    return ", "max_tokens": 16},
         ),
         Route(
             "/infill",
@@ -135,6 +145,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "infill",
             InfillRequest,
             InfillResponse,
+            {"input_prefix": "def add(a, b):\n    return ", "n_predict": 16},
         ),
         *_tokenizer_routes(registry, options),
     ]
@@ -149,6 +160,7 @@ def _tokenizer_routes(registry: Registry, options: EndpointOptions) -> list[Rout
             "tokenize",
             TokenizeRequest,
             TokenizeResponse,
+            {"prompt": "The mill."},
             streams=False,
         ),
         Route(
@@ -158,6 +170,7 @@ def _tokenizer_routes(registry: Registry, options: EndpointOptions) -> list[Rout
             "detokenize",
             DetokenizeRequest,
             DetokenizeResponse,
+            {"tokens": [1, 2, 3]},
             streams=False,
         ),
     ]

@@ -32,6 +32,17 @@ def test_document_validates(document: dict[str, Any]) -> None:
     validate(document)
 
 
+@pytest.mark.parametrize("path", ROUTES)
+def test_examples_of_bodies_work(
+    document: dict[str, Any], server: LiveServer, chat_server: LiveServer, path: str
+) -> None:
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    own = chat_server if "chat" in path else server
+    model = "chat/plain" if "chat" in path else "toy/echo"
+    answer = own.client.post(path, json={"model": model, **content["example"]})
+    assert answer.status_code == 200, answer.text
+
+
 def test_page_shows_it(server: LiveServer) -> None:
     page = server.client.get("/docs")
     assert page.status_code == 200
@@ -44,6 +55,7 @@ def test_route_has_schemas(document: dict[str, Any], path: str) -> None:
     assert operation["summary"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": f"#/components/schemas/{ROUTES[path]}"}
+    check(document, operation["requestBody"]["content"]["application/json"]["example"], body)
     answers = operation["responses"]
     assert {"200", "400", "401", "404", "413", "415", "429", "500", "503", "504"} <= set(answers)
     assert "422" not in answers
