@@ -19,8 +19,8 @@ from tokenmill.engine.schema_walk import PLAIN_VALUES, references, resolve
 
 TYPES = frozenset(["object", "array", "string", "number", "integer", "boolean", "null"])
 SCALARS = TYPES - {"object", "array"}
-MAX_ROUNDS = 20
-"""Rounds of the fixpoint after which the rest counts as finite: work stays in proportion to the schema's size."""
+MAX_STEPS = 500_000
+"""Schemas looked at, again and again, after which the rest counts as finite: about a second."""
 
 
 def check_schema(schema: object) -> None:
@@ -35,33 +35,34 @@ def has_finite_instance(schema: object) -> bool:
     targets = {ref: found[0] for ref in references(schema) if (found := resolve(schema, ref))}
     # Definitions mostly stand in the order of their use, or in its reverse.
     order = list(targets)
-    finite: set[str] = set()
-    for _ in range(MAX_ROUNDS):
+    known = _Finite(targets)
+    while True:
         order.reverse()
-        news = {ref for ref in order if ref not in finite and _Finite(targets, finite).add(ref)}
-        if not news:
-            return _Finite(targets, finite).holds(schema, TYPES)
-    return True
+        news = [ref for ref in order if known.learn(ref)]
+        if not news or known.steps > MAX_STEPS:
+            return known.holds(schema, TYPES)
 
 
 class _Finite:
-    """One round: what has a finite instance, given the definitions that have one."""
+    """What is known to have a finite instance: references, and what needs no other."""
 
-    def __init__(self, targets: Mapping[str, object], finite: set[str]) -> None:
+    def __init__(self, targets: Mapping[str, object]) -> None:
+        self.steps = 0
         self._targets = targets
-        self._finite = finite
+        self._finite: set[str] = set()
 
-    def add(self, ref: str) -> bool:
-        """Whether the target of this reference has an instance; it is remembered."""
-        if self.holds(self._targets[ref], TYPES):
-            self._finite.add(ref)
-            return True
-        return False
+    def learn(self, ref: str) -> bool:
+        """Whether the target of this reference turns out to have an instance now."""
+        if ref in self._finite or not self.holds(self._targets[ref], TYPES):
+            return False
+        self._finite.add(ref)
+        return True
 
     def holds(self, schema: object, types: frozenset[str]) -> bool:
         """Whether a schema has a finite instance of one of these types: each of its keywords must have one."""
+        self.steps += 1
         # What `false` forbids never matters for an end; the compiler names it.
-        if not isinstance(schema, dict):
+        if not isinstance(schema, dict) or self.steps > MAX_STEPS:
             return True
         if "const" in schema or "enum" in schema:
             return True

@@ -28,7 +28,8 @@ _OWN_RULES = (
 )
 _ONE = ("items", "additionalItems", "additionalProperties")
 _LISTS = ("anyOf", "allOf", "prefixItems", "items")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+DEFINITIONS = ("$defs", "definitions")
+_MAPS = ("properties", "patternProperties", *DEFINITIONS)
 
 
 def close_objects(schema: Any) -> Any:
@@ -39,10 +40,11 @@ def close_objects(schema: Any) -> Any:
 def _close(schema: Any, place: str, kept_open: set[str]) -> Any:
     if not isinstance(schema, dict) or place in kept_open:
         return schema
+    is_open = _is_open(schema)
     closing = {
-        key: _close_inside(key, value, pointer(place, key), kept_open)
-        if not _is_open(schema) or key in ("$defs", "definitions")
-        else value
+        key: value
+        if is_open and key not in DEFINITIONS
+        else _close_inside(key, value, pointer(place, key), kept_open)
         for key, value in schema.items()
     }
     if _lists_all(schema):
@@ -63,6 +65,7 @@ def _is_open(schema: dict[str, Any]) -> bool:
     """Whether several parts of a schema judge one object together."""
     parts = schema.get("allOf")
     several = "oneOf" in schema or (isinstance(parts, list) and len(parts) > 1)
+    several = several or ("properties" in schema and "patternProperties" in schema)
     combines = any(key in schema for key in ("allOf", "anyOf", "$ref"))
     return several or (combines and any(key in schema for key in _OWN_RULES))
 
@@ -99,7 +102,7 @@ def _open_references(schema: object) -> Iterator[str]:
     elif isinstance(schema, dict):
         is_open = _is_open(schema)
         for key, value in schema.items():
-            if is_open and key not in ("$defs", "definitions"):
+            if is_open and key not in DEFINITIONS:
                 yield from references({key: value})
             else:
                 yield from _open_references(value)

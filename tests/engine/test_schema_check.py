@@ -116,3 +116,8 @@ def test_the_compiler_refuses_them_with_a_reason() -> None:
 def test_tuples_of_two_drafts_are_refused() -> None:
     with pytest.raises(ValueError, match="prefixItems"):
         check_schema(obj(a={"prefixItems": [NULL], "additionalItems": False}))
+
+
+def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.engine.schema_check.MAX_STEPS", 3)
+    assert has_finite_instance(ENDLESS["mutual"]), "what can't be followed counts as finite"

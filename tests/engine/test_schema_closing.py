@@ -54,6 +54,11 @@ CLOSED = {
 OPEN: dict[str, dict[str, Any]] = {
     "one that says so": {**obj(a=NULL), "additionalProperties": True},
     "one with patterns": {**obj(a=NULL), "patternProperties": {"^b": NULL}},
+    "one whose patterns hold for listed keys too": {
+        "type": "object",
+        "properties": {"ab": obj(x=NULL)},
+        "patternProperties": {"^a": obj(y=NULL)},
+    },
     "a free object": {"type": "object"},
     "one that needs an unlisted key": {"type": "object", "properties": {"a": NULL}, "required": ["b"]},
     "one that counts its keys": {**obj(a=NULL), "minProperties": 3},
