@@ -229,7 +229,6 @@ class _OwnCode:
 class SequentialForward:
     """Through the model's own cache. Blocks are only counted here, enough for every slot's longest sequence."""
 
-    name = "its own code and cache, one sequence at a time (slow)"
     splits_prompts = False
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
@@ -238,6 +237,10 @@ class SequentialForward:
         self.capacity = Capacity(blocks, block_size, 0.0)
         assert model.module is not None
         self._model = SequentialModel(model.module)
+        cache = (
+            "and cache" if self._model.keeps_cache else "without a cache, each token computing its text anew"
+        )
+        self.name = f"its own code {cache}, one sequence at a time (slow)"
 
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
         return self._model(step, inputs)

@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.engine.sampling_params import Grammar
+from tokenmill.engine.schema_check import check_schema
+from tokenmill.engine.schema_closing import close_objects
+from tokenmill.engine.schema_walk import replace_embedded
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -134,8 +137,7 @@ def to_llguidance(grammar: Grammar) -> str:
     _check_depth(grammar)
     try:
         if grammar.kind == "json_schema":
-            text = "{}" if grammar.text.strip() == "true" else grammar.text
-            _check_tuples(json.loads(text))
+            text = "{}" if grammar.text.strip() == "true" else json.dumps(_enforced(json.loads(grammar.text)))
             return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
@@ -146,9 +148,15 @@ def to_llguidance(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         if not grammar.text.strip():
             raise GrammarError("the grammar is empty")
-        return LLMatcher.grammar_from_lark(_to_lark(grammar.text))
+        return LLMatcher.grammar_from_lark(replace_embedded(_to_lark(grammar.text), _enforced))
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"{grammar.kind}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _enforced(schema: object) -> object:
+    """The schema that is enforced in a given one's place: everything that satisfies it satisfies that."""
+    check_schema(schema)
+    return close_objects(schema)
 
 
 def _to_lark(text: str) -> str:
@@ -159,19 +167,6 @@ def _to_lark(text: str) -> str:
         return str(any_to_lark(text))
     except Exception as error:  # the translator raises bare exceptions for what it can't read
         raise ValueError(str(error)) from None
-
-
-def _check_tuples(schema: object) -> None:
-    """Refuse tuples of two drafts in one: llguidance would pass over `prefixItems` beside `additionalItems`."""
-    if isinstance(schema, dict):
-        if isinstance(schema.get("prefixItems"), list) and "additionalItems" in schema:
-            raise GrammarError("json_schema: prefixItems doesn't go with additionalItems; use items")
-        for key, value in schema.items():
-            if key not in ("const", "enum", "default", "examples"):
-                _check_tuples(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            _check_tuples(item)
 
 
 def _check_depth(grammar: Grammar) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Path
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -17,10 +18,34 @@ from tokenmill.server.boundary import Boundary, http_error
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import ApiError
 from tokenmill.server.metrics import render
+from tokenmill.server.openapi import Operation, document_operations
+from tokenmill.server.probe_responses import (
+    HealthResponse,
+    LiveResponse,
+    ModelHealthResponse,
+    ModelList,
+    ModelRow,
+)
 from tokenmill.server.registry import Registry
 from tokenmill.server.routes import add_model_routes
 
 VERSION = "0.1.0"
+ModelId = Annotated[
+    str,
+    Path(
+        description="A model's name, a deployment's or an alias. It may hold slashes.",
+        examples=["huggingfacetb/smollm2-135m-instruct"],
+    ),
+]
+OPERATIONS = (
+    Operation("/v1/models", ModelList, errors=()),
+    Operation("/v1/models/{model_id}", ModelRow, errors=("404",)),
+    Operation("/live", LiveResponse, errors=()),
+    Operation("/health", HealthResponse, errors=(), probe=True),
+    Operation("/health/{model_id}", ModelHealthResponse, errors=("404",), probe=True),
+    Operation("/metrics", None, errors=()),
+)
+"""What the other routes give."""
 
 
 def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = ()) -> FastAPI:
@@ -44,9 +69,10 @@ def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = (
         middleware=[Middleware(Boundary, keys=KeyRing(keys))],
         exception_handlers={HTTPException: _on_http_error},
     )
-    add_model_routes(app, registry, config)
+    operations = add_model_routes(app, registry, config)
     _add_models(app, registry)
     _add_probes(app, registry)
+    document_operations(app, [*operations, *OPERATIONS])
     return app
 
 
@@ -70,7 +96,7 @@ def _add_models(app: FastAPI, registry: Registry) -> None:
         return _json({"object": "list", "data": rows})
 
     @app.get("/v1/models/{model_id:path}", summary="Describe a model", response_class=Response)
-    async def get_model(model_id: str) -> Response:
+    async def get_model(model_id: ModelId) -> Response:
         variant, _ = registry.find(model_id)
         return _json(registry.describe(variant))
 
@@ -86,7 +112,7 @@ def _add_probes(app: FastAPI, registry: Registry) -> None:
         return _json({"status": "ok" if serves else "unavailable", "models": models}, 200 if serves else 503)
 
     @app.get("/health/{model_id:path}", summary="Whether one model serves", response_class=Response)
-    async def model_health(model_id: str) -> Response:
+    async def model_health(model_id: ModelId) -> Response:
         variant, model = registry.find(model_id)
         serves = model.serves and not registry.draining
         row = {"status": "ok" if serves else "unavailable", "model": variant.name, "state": model.status}

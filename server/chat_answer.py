@@ -64,7 +64,7 @@ class ChatAnswer:
     def _whole_choice(self, choice: Choice) -> dict[str, object]:
         text = self._text(choice)
         text.feed(choice.take_text())
-        text.finish()
+        text.finish(choice.finish_reason)
         return {
             "index": choice.index,
             "message": text.message(),
@@ -85,7 +85,7 @@ class ChatAnswer:
             chunks.append(self._first(choice))
         deltas = text.feed(choice.take_text())
         if choice.finish_reason is not None:
-            deltas += text.finish()
+            deltas += text.finish(choice.finish_reason)
         chunks += [self._chunk(choice, delta) for delta in deltas]
         if choice.finish_reason is not None:
             chunks.append(self._chunk(choice, {}, text.finish_reason(choice.finish_reason)))

@@ -79,7 +79,7 @@ class ChatPrompt(msgspec.Struct, frozen=True):
         if tags is not None and job.grammar_param != "guided_grammar":
             reasoning = ReasoningParser(tags, self.opened)
         if tools is not None:
-            parser = self.style.form.parser(tools.functions, None if tools.parallel else 1)
+            parser = self.style.form.parser(tools.functions, None if tools.parallel else 1, tools.required)
         return ChatText(reasoning, parser)
 
 

@@ -49,12 +49,12 @@ class ChatText:
         thoughts, answer = ("", text) if self._reasoning is None else self._reasoning.feed(text)
         return self._deltas(thoughts, self._pieces(answer))
 
-    def finish(self) -> list[dict[str, Any]]:
-        """The deltas of what was held back, when the text has ended."""
+    def finish(self, reason: str | None) -> list[dict[str, Any]]:
+        """The deltas of what was held back, when the text has ended for this reason."""
         thoughts, answer = ("", "") if self._reasoning is None else self._reasoning.finish()
         pieces = self._pieces(answer)
         if self._tools is not None:
-            pieces += self._tools.finish()
+            pieces += self._tools.finish(cut=reason == "length")
         return self._deltas(thoughts, pieces)
 
     def _pieces(self, answer: str) -> list[Piece]:

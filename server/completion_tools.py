@@ -105,7 +105,7 @@ class ToolAnswer:
     def _whole_choice(self, choice: Choice) -> dict[str, object]:
         text = self._text(choice)
         text.feed(choice.take_text())
-        text.finish()
+        text.finish(choice.finish_reason)
         message = text.message()
         row = {"index": choice.index, "text": message["content"] or ""}
         row |= {key: message[key] for key in ("reasoning_content", "tool_calls") if key in message}
@@ -119,7 +119,7 @@ class ToolAnswer:
         text = self._text(choice)
         deltas: list[dict[str, Any]] = text.feed(choice.take_text())
         if choice.finish_reason is not None:
-            deltas += text.finish()
+            deltas += text.finish(choice.finish_reason)
         rows = []
         for delta in deltas:
             row = {"index": choice.index, "text": delta.pop("content", "")}

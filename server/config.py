@@ -40,8 +40,9 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     """Requests that may wait for a place in one model's batch; more get 429."""
     drain_s: Seconds = 30
     """How long running requests may go on after SIGTERM."""
-    load_wait_s: Seconds = 30
-    """How long a request waits for a model that loads before it gets 503."""
+    load_wait_s: Seconds = 120
+    """How long a request waits for a model that loads before it gets 503. Enough for a first start, which may
+    have a file to convert; a request's own deadline counts too."""
     watchdog_s: Annotated[float, Meta(ge=2)] = 30
     """Silence of an engine after which it counts as hung and is restarted."""
     unknown_parameters: Literal["refuse", "warn"] = "refuse"

@@ -76,6 +76,11 @@ class Fim:
         self._repo, self._file = repo, file
 
     @property
+    def context_tokens(self) -> int:
+        """How many of the tokens for other files the model has."""
+        return (self._repo is not None) + (self._file is not None)
+
+    @property
     def ready(self) -> bool:
         """Whether `encode` is quick: the tokenizers that it needs have been made."""
         return "_safe" in self.__dict__
@@ -149,11 +154,9 @@ def make_fim(tokenizer: Tokenizer, wanted: FimMarkup | str | bool) -> Fim | None
     options: Mapping[str | None, FimMarkup] = (
         {None: wanted} if isinstance(wanted, FimMarkup) else {name: PRESETS[name] for name in names}
     )
-    for name, markup in options.items():
-        fim = _build(tokenizer, known, markup, name)
-        if fim is not None:
-            return fim
-    return None
+    found = [fim for name, markup in options.items() if (fim := _build(tokenizer, known, markup, name))]
+    # Families share the first three tokens; what they call files and repositories tells them apart.
+    return max(found, key=lambda fim: fim.context_tokens, default=None)
 
 
 def _build(

@@ -4,8 +4,16 @@ psm     PREFIX before SUFFIX after MIDDLE          the model goes on with what b
 spm     SUFFIX after PREFIX before [MIDDLE]
 spm2    PREFIX SUFFIX after MIDDLE before          (Bavarian et al., 2022: "SPM variant 2")
 
-DeepSeek's begin, hole and end are the prefix, suffix and middle tokens of psm. Sources: the model cards and
-tokenizers of each family.
+DeepSeek's begin, hole and end are the prefix, suffix and middle tokens of psm. Where each comes from:
+
+    starcoder        the StarCoder 2 paper's data format; Granite Code's first models took the tokens over
+    santacoder       SantaCoder's model card
+    codegemma        CodeGemma's prompt structure and model card, which name the same terminators
+    qwen2.5-coder    the file- and repository-level examples of Qwen's repository, their eos_token_ids included
+    granite          the tokenizer of Granite 4
+    deepseek-coder   DeepSeek-Coder's insertion example; its chat models end with <|EOT|>
+    codellama        Code Llama's infilling format; the suffix is encoded without a space's mark before it
+    codestral        encode_fim of mistral-common: nothing stands between prefix and completion
 """
 
 from __future__ import annotations
@@ -54,7 +62,8 @@ PRESETS: Mapping[str, FimMarkup] = {
     "codellama": FimMarkup(prefix="▁<PRE>", suffix="▁<SUF>", middle="▁<MID>", stop=("▁<EOT>",)),
     "codestral": FimMarkup(prefix="[PREFIX]", suffix="[SUFFIX]", order="spm"),
 }
-"""Tried in this order by `fim: auto`, by the first three tokens; a vocabulary may lack any of the others."""
+"""What `fim: auto` looks for. A vocabulary must have the first two or three tokens and may lack any other; of
+several that fit, the one whose tokens for other files are there too is taken."""
 
 
 def stop_tokens(markup: FimMarkup, name: str | None) -> tuple[str | int, ...]:

@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, PlainValidator, WithJsonSchema
 
-from tokenmill.server.fields import Stop
+from tokenmill.server.errors import shorten
+from tokenmill.server.fields import Stop, refused
 from tokenmill.server.protocol_parts import Strict
 from tokenmill.server.protocol_sampling import INT31, INT64, TokenCount
 
+FILTERS = {
+    "temperature": ("temperature", "temp"),
+    "top_k": ("top_k", "top-k"),
+    "top_p": ("top_p", "top-p", "nucleus"),
+    "min_p": ("min_p", "min-p"),
+    "penalties": ("penalties",),
+}
+"""llama.cpp's filters that this server has, and what else each is called there."""
+NEVER_SET = (
+    "dry",
+    "xtc",
+    "top_n_sigma",
+    "top-n-sigma",
+    "typ_p",
+    "typ-p",
+    "typ",
+    "typical",
+    "typical-p",
+    "infill",
+)
+"""Filters whose settings no request can give here; without them they are off in llama.cpp too."""
+
+
+def _samplers(value: object) -> frozenset[str]:
+    """The filters of a list of names, under their first names."""
+    if not isinstance(value, list):
+        raise refused(f"must be a list of names, not {shorten(value)}")
+    for name in value:
+        if name not in NEVER_SET and not any(name in names for names in FILTERS.values()):
+            known = ", ".join([*FILTERS, "infill"])
+            raise refused(f"there is no filter {shorten(name)}; these are known: {known}")
+    return frozenset(first for first, names in FILTERS.items() if any(name in value for name in names))
+
+
+Samplers = Annotated[
+    frozenset[str],
+    PlainValidator(_samplers, json_schema_input_type=Any),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"enum": [*(name for names in FILTERS.values() for name in names), *NEVER_SET]},
+        }
+    ),
+]
 MODEL = "A model's name, as for completions. May be left out where the server holds one model only."
 
 
@@ -117,91 +162,29 @@ class InfillRequest(Strict):
         description="The only fields of the answer; `timings/prompt_n` is a field of an inner object.",
         examples=[["content"]],
     )
-    samplers: list[Annotated[str, Field(max_length=64)]] | None = Field(
+    samplers: Samplers | None = Field(
         None,
-        max_length=32,
-        description="Accepted without effect: filters run in this server's one order, and those of which the "
-        "request gives no setting are off.",
+        description="The filters that act, by llama.cpp's names. What the request says of one that isn't listed "
+        "is left out. Their order is always this server's own, and `infill` is accepted because editors send "
+        "it: the text ends where the model ends it.",
         examples=[["top_k", "top_p", "infill"]],
     )
-    cache_prompt: bool | None = Field(
-        None, description="Accepted without effect: prefixes are always reused.", examples=[True]
+    cache_prompt: bool = Field(
+        True, description="`false`: reuse nothing of earlier prompts.", examples=[True]
     )
-    id_slot: int | None = Field(
-        None, description="Accepted without effect: there are no slots.", examples=[-1]
+    id_slot: int = Field(
+        -1,
+        ge=-1,
+        lt=INT31,
+        description="Accepted without effect: in llama.cpp it says where a prompt is kept to be reused, and "
+        "here every prompt may reuse every other's beginning.",
+        examples=[-1],
     )
-    t_max_prompt_ms: int | None = Field(
-        None, ge=0, description="Accepted without effect, as llama.cpp does.", examples=[500]
+    t_max_prompt_ms: int = Field(
+        0,
+        ge=0,
+        lt=INT31,
+        description="Accepted without effect, as in llama.cpp, which doesn't enforce it either: editors send "
+        "it always, and a prompt that takes longer still deserves its answer.",
+        examples=[500],
     )
-
-
-class FimMessage(BaseModel):
-    """What was filled in."""
-
-    role: Literal["assistant"]
-    content: str
-    tool_calls: None = None
-
-
-class FimChoice(BaseModel):
-    """The one choice of the answer; in a stream `delta` stands for `message`."""
-
-    index: int
-    message: FimMessage
-    finish_reason: Literal["stop", "length"] | None
-
-
-class FimUsage(BaseModel):
-    """Tokens of the request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class FimResponse(BaseModel):
-    """The answer, in the shape of a chat completion."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int = Field(description="Seconds since 1970.")
-    model: str
-    choices: list[FimChoice]
-    usage: FimUsage
-
-
-class InfillTimings(BaseModel):
-    """Tokens and milliseconds of the prompt and of the text."""
-
-    prompt_n: int
-    prompt_ms: float
-    prompt_per_token_ms: float
-    prompt_per_second: float
-    predicted_n: int
-    predicted_ms: float
-    predicted_per_token_ms: float
-    predicted_per_second: float
-
-
-class InfillResponse(BaseModel):
-    """The answer; a stream's events have the first fields, its last one has all.
-
-    With `response_fields` it has only those.
-    """
-
-    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
-
-    index: int
-    content: str
-    tokens: list[int]
-    stop: bool
-    id_slot: int
-    model: str
-    tokens_predicted: int
-    tokens_evaluated: int
-    tokens_cached: int
-    truncated: bool
-    stop_type: Literal["none", "eos", "limit", "word"]
-    stopping_word: str
-    has_new_line: bool
-    timings: InfillTimings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -19,7 +20,16 @@ from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import Infill
 from tokenmill.server.protocol import CompletionRequest
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+FILTER_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "presence_penalty": "penalties",
+    "frequency_penalty": "penalties",
+    "repeat_penalty": "penalties",
+}
+"""Sampling settings, and the filter of `samplers` that each belongs to."""
 
 
 class FimEndpoint(CompletionEndpoint):
@@ -55,13 +65,18 @@ def completion_of_fim(request: FimRequest) -> CompletionRequest:
 
 def completion_of_infill(request: InfillRequest) -> CompletionRequest:
     """llama.cpp's request as a completion, with what isn't in `Infill`. Raises `ApiError` 400."""
-    same = {"model", "stop", "stream", "ignore_eos", *SAMPLING}
+    same = {"model", "stop", "stream", "ignore_eos"}
+    same |= {
+        name
+        for name, filter_name in FILTER_FIELDS.items()
+        if request.samplers is None or filter_name in request.samplers
+    }
     given = request.model_dump(exclude_unset=True, exclude_none=True, include=same)
+    if "repeat_penalty" in given:
+        given["repetition_penalty"] = given.pop("repeat_penalty")
     given |= {"prompt": request.input_prefix, "suffix": request.input_suffix}
     if request.n_predict >= 0:
         given["max_tokens"] = request.n_predict
-    if request.repeat_penalty is not None:
-        given["repetition_penalty"] = request.repeat_penalty
     if request.seed not in (None, -1):
         given["seed"] = request.seed
     return _checked(given)
@@ -108,6 +123,10 @@ class InfillExchange(FimExchange):
     ) -> None:
         super().__init__(options, request, variant, model, context)
         self._fields = infill
+
+    async def _job(self, engine: Engine, salt: str) -> Job:
+        # Blocks under a salt of its own are nobody else's, neither to read nor to be read.
+        return await super()._job(engine, salt if self._fields.cache_prompt else secrets.token_hex(16))
 
     def _infill(self) -> Infill:
         files = tuple((file.filename, file.text) for file in self._fields.input_extra)

@@ -108,7 +108,7 @@ class Model:
         lazy: bool = False,
         idle_unload_s: float = 0.0,
         watchdog_s: float = 30.0,
-        load_wait_s: float = 30.0,
+        load_wait_s: float = 120.0,
         max_queue: int = 256,
         command: Sequence[str] = ENGINE_COMMAND,
         process: EngineProcess | None = None,

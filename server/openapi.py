@@ -25,14 +25,28 @@ _ERRORS = {
 }
 
 
+OF_ALL = ("401", "500")
+OF_BODIES = ("400", "404", "413", "415", "429", "503", "504")
+
+
 class Operation(msgspec.Struct, frozen=True):
-    """What a route with a handler of our own takes and gives."""
+    """What a route takes and gives. Without a body it is a `GET`."""
 
     path: str
-    answer: type[BaseModel]
+    answer: type[BaseModel] | None
+    """None: plain text."""
     body: type[BaseModel] | None = None
     streams: bool = False
-    method: str = "post"
+    example: dict[str, Any] | None = None
+    """A body that works as it is."""
+    errors: tuple[str, ...] = OF_BODIES
+    """Statuses of errors beside those that every route may answer with."""
+    probe: bool = False
+    """Whether 503 is an answer of the same shape, and no error."""
+
+    @property
+    def method(self) -> str:
+        return "get" if self.body is None else "post"
 
 
 def document_operations(app: FastAPI, operations: Sequence[Operation]) -> None:
@@ -45,31 +59,18 @@ def document_operations(app: FastAPI, operations: Sequence[Operation]) -> None:
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             _add_schema(schemas, ErrorResponse)
             for operation in operations:
-                _add_schema(schemas, operation.answer)
+                if operation.answer is not None:
+                    _add_schema(schemas, operation.answer)
                 if operation.body is not None:
                     _add_schema(schemas, operation.body)
                     _allow_null(schemas[operation.body.__name__])
                 document["paths"][operation.path][operation.method].update(_described(operation))
-            _tidy(document)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _tidy(document: dict[str, Any]) -> None:
-    """Errors as they are: 422 never comes, a name in a path may be unknown, a key may be missing."""
-    error = {"application/json": {"schema": {"$ref": _REF.format(model="ErrorResponse")}}}
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            responses = operation["responses"]
-            responses.pop("422", None)
-            for status in ("401", "500", *(("404",) if "{" in path else ())):
-                responses.setdefault(status, {"description": _ERRORS[status], "content": error})
-            if path.startswith("/health"):
-                responses.setdefault("503", {"description": "It doesn't serve."})
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
 
 
 def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
@@ -79,18 +80,29 @@ def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    def content(model: type[BaseModel]) -> dict[str, Any]:
-        return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
-
-    stream: dict[str, Any] = {"text/event-stream": {"schema": {}}} if operation.streams else {}
-    answers = {"200": {"description": "The answer.", "content": content(operation.answer) | stream}}
+    answer: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if operation.answer is not None:
+        answer = _content(operation.answer)
+    if operation.streams:
+        answer["text/event-stream"] = {"schema": {}}
     errors = {
-        status: {"description": text, "content": content(ErrorResponse)} for status, text in _ERRORS.items()
+        status: {"description": _ERRORS[status], "content": _content(ErrorResponse)}
+        for status in sorted({*OF_ALL, *operation.errors})
     }
-    described: dict[str, Any] = {"responses": answers | errors}
+    responses = {"200": {"description": "The answer.", "content": answer}, **errors}
+    if operation.probe:
+        responses["503"] = {"description": "It doesn't serve.", "content": answer}
+    described: dict[str, Any] = {"responses": responses}
     if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": content(operation.body)}
+        content = _content(operation.body)
+        if operation.example is not None:
+            content["application/json"]["example"] = operation.example
+        described["requestBody"] = {"required": True, "content": content}
     return described
+
+
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
 
 
 def _allow_null(schema: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ class CompletionRequest(SamplingFields):
         False,
         description="`true`: `content[]` with `top_logprobs` alternatives, beside the legacy arrays. An "
         "integer k: the legacy arrays with k alternatives.",
-        examples=[5],
+        examples=[True, 5],
     )
     top_logprobs: int = Field(0, ge=0, le=20, description="Alternatives with `logprobs: true`.", examples=[5])
     return_token_log_probs: bool = Field(False, description="Alias of `logprobs: true`.", examples=[False])

@@ -47,7 +47,8 @@ class JsonSchema(Strict):
     json_schema: dict[str, Any] | None = Field(
         None,
         alias="schema",
-        description="The JSON schema; any JSON value if not given.",
+        description="The JSON schema; any JSON value if not given. Objects that list `properties` and don't "
+        "mention `additionalProperties` get no other keys.",
         examples=[{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}],
     )
     strict: bool = Field(

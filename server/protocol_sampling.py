@@ -47,7 +47,7 @@ class SamplingFields(Strict):
     top_p: float = Field(
         1.0, gt=0, le=1, description="Nucleus: the smallest set with this mass.", examples=[0.9]
     )
-    top_k: int = Field(0, ge=-1, lt=INT31, description="The k likeliest tokens; 0 or -1: all.", examples=[50])
+    top_k: int = Field(0, ge=-1, lt=INT31, description="The k likeliest tokens; 0 or -1: all.", examples=[40])
     min_p: float = Field(
         0.0, ge=0, le=1, description="Least share of the likeliest token's mass.", examples=[0.05]
     )
@@ -98,7 +98,7 @@ class SamplingFields(Strict):
         False, description="Generate on after the model's EOS. For benchmarks.", examples=[False]
     )
 
-    stream: bool = Field(False, description="Server-sent events as the text comes.", examples=[False])
+    stream: bool = Field(False, description="Server-sent events as the text comes.", examples=[True])
     stream_options: StreamOptions | None = Field(
         None, description="Only with `stream`.", examples=[{"include_usage": True}]
     )
@@ -140,7 +140,8 @@ class SamplingFields(Strict):
     )
     guided_json: dict[str, Any] | str | None = Field(
         None,
-        description="The JSON schema of the answer, as an object or as text.",
+        description="The JSON schema of the answer, as an object or as text. Objects that list `properties` "
+        "and don't mention `additionalProperties` get no other keys.",
         examples=[{"type": "object"}],
     )
     guided_regex: str | None = Field(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,14 +17,16 @@ from tokenmill.server.chat_protocol_responses import ChatResponse
 from tokenmill.server.completion_tools import ToolCompletionEndpoint
 from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.fim_protocol import FimRequest, FimResponse, InfillRequest, InfillResponse
+from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.fim_protocol_responses import FimResponse, InfillResponse
 from tokenmill.server.fim_routes import FimEndpoint, InfillEndpoint
-from tokenmill.server.openapi import Operation, document_operations
+from tokenmill.server.openapi import Operation
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.protocol_responses import CompletionResponse
 from tokenmill.server.registry import Registry
 from tokenmill.server.tokenize import TokenizerEndpoint, detokenize, tokenize, tokenizer_info
 from tokenmill.server.tokenize_protocol import (
+    MODEL,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
@@ -31,6 +34,10 @@ from tokenmill.server.tokenize_protocol import (
     TokenizerInfoResponse,
 )
 
+ModelQuery = Annotated[
+    str | None,
+    Query(description=MODEL, examples=["huggingfacetb/smollm2-135m-instruct"]),
+]
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -54,11 +61,13 @@ class Route(msgspec.Struct, frozen=True):
     name: str
     body: type[BaseModel]
     answer: type[BaseModel]
+    example: dict[str, Any]
+    """A body that works as it is; put together from the examples of all fields it wouldn't."""
     streams: bool = True
 
 
-def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> None:
-    """All routes that need a model, with their documentation."""
+def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> list[Operation]:
+    """All routes that need a model; what they take and give."""
     routes = _routes(registry, config)
     for route in routes:
         app.add_api_route(
@@ -71,13 +80,17 @@ def add_model_routes(app: FastAPI, registry: Registry, config: ServerConfig) -> 
         )
 
     @app.get("/tokenizer_info", summary="Describe a model's tokenizer", response_class=Response)
-    async def get_tokenizer_info(model: str | None = None) -> Response:
+    async def get_tokenizer_info(model: ModelQuery = None) -> Response:
         info = await tokenizer_info(model, registry)
         return Response(msgspec.json.encode(info), media_type="application/json")
 
-    operations = [Operation(route.path, route.answer, route.body, route.streams) for route in routes]
-    operations.append(Operation("/tokenizer_info", TokenizerInfoResponse, method="get"))
-    document_operations(app, operations)
+    operations = [
+        Operation(route.path, route.answer, route.body, route.streams, route.example) for route in routes
+    ]
+    return [
+        *operations,
+        Operation("/tokenizer_info", TokenizerInfoResponse, errors=("400", "404", "503")),
+    ]
 
 
 def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
@@ -87,7 +100,11 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
         salt_rule=config.cache_salt,
     )
     gateway = msgspec.structs.replace(options, gateway=True)
-    completions = (CompletionRequest, CompletionResponse)
+    completions = (
+        CompletionRequest,
+        CompletionResponse,
+        {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},
+    )
     return [
         Route(
             "/v1/completions",
@@ -110,6 +127,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "create_chat_completion",
             ChatRequest,
             ChatResponse,
+            {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64},
         ),
         Route(
             "/v1/fim/completions",
@@ -118,6 +136,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "create_fim_completion",
             FimRequest,
             FimResponse,
+            {"prompt": "def add(a, b):\n    return ", "max_tokens": 16},
         ),
         Route(
             "/infill",
@@ -126,6 +145,7 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
             "infill",
             InfillRequest,
             InfillResponse,
+            {"input_prefix": "def add(a, b):\n    return ", "n_predict": 16},
         ),
         *_tokenizer_routes(registry, options),
     ]
@@ -140,6 +160,7 @@ def _tokenizer_routes(registry: Registry, options: EndpointOptions) -> list[Rout
             "tokenize",
             TokenizeRequest,
             TokenizeResponse,
+            {"prompt": "The mill."},
             streams=False,
         ),
         Route(
@@ -149,6 +170,7 @@ def _tokenizer_routes(registry: Registry, options: EndpointOptions) -> list[Rout
             "detokenize",
             DetokenizeRequest,
             DetokenizeResponse,
+            {"tokens": [1, 2, 3]},
             streams=False,
         ),
     ]

@@ -20,8 +20,8 @@ class BareParser(ToolParser):
     _TRIGGER = re.compile(r"<\|python_tag\|>|(?m:^)[ \t]*(?P<json>```|[{\[])")
     _HALF_FENCE = re.compile(r"(?m:^)[ \t]*(`{1,2})\Z")
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
-        super().__init__(functions, limit)
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
+        super().__init__(functions, limit, required)
         self._line_begins = True
         self._listed = self._fenced = self._tagged = False
 
@@ -132,8 +132,9 @@ class BareParser(ToolParser):
         self._state = self._content
         return True
 
-    def _at_end(self) -> None:
-        """JSON that was never a call is content; a marker that never came was text."""
-        if self._raw:
+    def _at_end(self, cut: bool) -> None:
+        """JSON that was never a call is content, unless it was cut on its way to be one."""
+        promising = cut and self._state == self._scan and self._scanner.promising
+        if self._raw and not (self.required or promising):
             self._give_back()
-        super()._at_end()
+        super()._at_end(cut)

@@ -9,6 +9,7 @@ import msgspec
 from tokenmill.server.tool_bare import BareParser
 from tokenmill.server.tool_markers import DeepSeekParser, HermesParser, MistralParser
 from tokenmill.server.tool_parser import ToolParser
+from tokenmill.server.tool_tags import PAIR_TAGS
 
 
 class Wrapping(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ _OBJECT = '{"name": "{name}", "arguments": '
 HERMES = ToolForm(
     name="hermes",
     parser=HermesParser,
-    markers=(HermesParser.OPEN, HermesParser.CLOSE),
+    markers=(HermesParser.OPEN, HermesParser.CLOSE, *PAIR_TAGS),
     opening=HermesParser.OPEN,
     closing=HermesParser.CLOSE,
     wrapping=Wrapping(before=f"<tool_call>\n{_OBJECT}", after="}\n</tool_call>", between="\n"),

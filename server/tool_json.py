@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Collection
 from typing import Protocol
 
 CLOSING = {"{": "}", "[": "]"}
@@ -110,6 +110,10 @@ class Scanner(Protocol):
     left: str
     """What was read and stands behind the call's end, or behind what showed that it was none."""
 
+    @property
+    def promising(self) -> bool:
+        """Whether what was read is more than any text that begins alike: the beginning of a call."""
+
     def feed(self, text: str) -> int:
         """Read; how many characters were read."""
 
@@ -126,6 +130,10 @@ class ArgumentsScanner:
         self.left = ""
         self._value = ValueScanner()
         self._pieces: list[str] = []
+
+    @property
+    def promising(self) -> bool:
+        return not self.failed
 
     def feed(self, text: str) -> int:
         start = 0
@@ -154,7 +162,7 @@ class CallScanner:
     `names` are the functions that there are, where only they make an object a call; else any name does.
     """
 
-    def __init__(self, names: Container[str] | None = None) -> None:
+    def __init__(self, names: Collection[str] | None = None) -> None:
         self.name: str | None = None
         self.started = self.done = self.failed = False
         self.left = ""
@@ -168,6 +176,15 @@ class CallScanner:
         self._arguments: list[str] = []
         self._given = False
         """Whether arguments were there at all."""
+
+    @property
+    def promising(self) -> bool:
+        if self.failed or self._key not in KNOWN_KEYS:
+            return False
+        if self._names is None or self._key not in NAMES or self._expects != "value":
+            return True
+        begun = "".join(self._raw)
+        return any(json.dumps(name).startswith(begun) for name in self._names)
 
     def feed(self, text: str) -> int:
         position = 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from tokenmill.server.chat_markup import cut
 from tokenmill.server.tool_json import FUNCTION_NAME, ArgumentsScanner, CallScanner
 from tokenmill.server.tool_parser import Functions, ToolParser
-from tokenmill.server.tool_tags import FUNCTION, TagScanner
+from tokenmill.server.tool_tags import FUNCTION, PairScanner, TagScanner
 
 
 class HermesParser(ToolParser):
     """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others.
 
-    Inside, later Qwen models write tags instead of JSON; either is read.
+    Inside, later Qwen models and GLM write tags of their own instead of JSON; any of them is read.
     """
 
     OPEN = "<tool_call>"
@@ -33,8 +33,11 @@ class HermesParser(ToolParser):
         self._buffer = self._buffer[blanks:]
         if FUNCTION.startswith(self._buffer) and self._buffer != FUNCTION:
             return False
-        tagged = self._buffer.startswith(FUNCTION)
-        self._begin(TagScanner(self.functions) if tagged else CallScanner())
+        if self._buffer.startswith(FUNCTION):
+            self._begin(TagScanner(self.functions))
+        else:
+            named = FUNCTION_NAME.match(self._buffer) is not None
+            self._begin(PairScanner(self.functions) if named else CallScanner())
         return True
 
     def _after(self) -> bool:
@@ -54,8 +57,8 @@ class MistralParser(ToolParser):
     IDENTIFIER = "[CALL_ID]"
     ARGUMENTS = "[ARGS]"
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
-        super().__init__(functions, limit)
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
+        super().__init__(functions, limit, required)
         self._listed = False
 
     def _content(self) -> bool:
@@ -124,8 +127,8 @@ class DeepSeekParser(ToolParser):
     SEPARATOR = "<｜tool▁sep｜>"
     CLOSE = "<｜tool▁call▁end｜>"
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
-        super().__init__(functions, limit)
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
+        super().__init__(functions, limit, required)
         self._kind = ""
 
     def _content(self) -> bool:

@@ -35,11 +35,13 @@ Functions = Mapping[str, Collection[str]]
 class ToolParser:
     """What all forms share: the states, and what happens between content and calls.
 
-    `functions` are those that there are. Past `limit` calls everything is dropped.
+    `functions` are those that there are. Past `limit` calls everything is dropped. `required`: the answer is
+    nothing but calls, so what isn't one is the beginning of one.
     """
 
-    def __init__(self, functions: Functions, limit: int | None = None) -> None:
+    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
         self.functions = functions
+        self.required = required
         self.calls = 0
         """Calls begun so far."""
         self._limit = limit
@@ -60,9 +62,9 @@ class ToolParser:
             pass
         return self._take()
 
-    def finish(self) -> list[Piece]:
-        """No more text will come; what is left."""
-        self._at_end()
+    def finish(self, cut: bool = False) -> list[Piece]:
+        """No more text will come, `cut`: because it was long enough; what is left."""
+        self._at_end(cut)
         if not self.calls and (rest := self._blanks.flush()):
             self._pieces.append(rest)
         return self._take()
@@ -75,9 +77,9 @@ class ToolParser:
         """Read what stands behind a call."""
         raise NotImplementedError
 
-    def _at_end(self) -> None:
+    def _at_end(self, cut: bool) -> None:
         """The text has ended: what looked like the beginning of a marker was text; half a call is dropped."""
-        if self._state == self._content:
+        if self._state == self._content and not self.required:
             self._say(self._buffer)
         self._buffer = ""
 

@@ -36,11 +36,17 @@ class Function(Strict):
     )
     parameters: dict[str, Any] | None = Field(
         None,
-        description="JSON schema of its arguments, an object; no arguments if not given.",
+        description="JSON schema of its arguments, an object; no arguments if not given. Where it is enforced, "
+        "objects that list `properties` and don't mention `additionalProperties` get no other keys.",
         examples=[{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}],
     )
     strict: bool | None = Field(
-        None, description="Whether arguments must always fit the schema.", examples=[True]
+        None,
+        description="Whether arguments must fit the schema under the choice `auto` too. They can be made to where "
+        "the model's calls begin with a marker (Hermes, Qwen, Mistral, DeepSeek); calls in bare JSON (Llama 3, "
+        "models without a form of their own) can't be told from other JSON while they are written. A call that "
+        "is demanded, by `required` or by name, always fits.",
+        examples=[True],
     )
 
     def definition(self) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""Calls in tags, as Qwen3-Coder and later Qwen models write them, read as they come.
+"""Calls in tags, read as they come: as later Qwen models write them, and as GLM-4.5 and its successors do.
 
-    <function=NAME>
-    <parameter=KEY>
-    VALUE
+    <function=NAME>                      NAME
+    <parameter=KEY>                      <arg_key>KEY</arg_key>
+    VALUE                                <arg_value>VALUE</arg_value>
     </parameter>
     </function>
 
@@ -23,6 +23,11 @@ FUNCTION = "<function="
 FUNCTION_END = "</function>"
 PARAMETER = "<parameter="
 PARAMETER_END = "</parameter>"
+ARGUMENT = "<arg_key>"
+ARGUMENT_END = "</arg_key>"
+VALUE = "<arg_value>"
+VALUE_END = "</arg_value>"
+PAIR_TAGS = (ARGUMENT, ARGUMENT_END, VALUE, VALUE_END)
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -38,6 +43,10 @@ class TagScanner:
         self._key: str | None = None
         self._empty = True
         self._pieces: list[str] = []
+
+    @property
+    def promising(self) -> bool:
+        return not self.failed
 
     def feed(self, text: str) -> int:
         self._buffer += text
@@ -91,12 +100,15 @@ class TagScanner:
         if marker is None:
             return False
         self._buffer = behind
+        self._add(key, value.removeprefix("\n").removesuffix("\n"))
+        return True
+
+    def _add(self, key: str, value: str) -> None:
+        """One argument more."""
         self._key = None
         opening = "{" if self._empty else ", "
         self._empty = False
-        written = self._written(key, value.removeprefix("\n").removesuffix("\n"))
-        self._pieces.append(f"{opening}{_text(key)}: {written}")
-        return True
+        self._pieces.append(f"{opening}{_text(key)}: {self._written(key, value)}")
 
     def _written(self, key: str, value: str) -> str:
         """The JSON of a value."""
@@ -112,6 +124,46 @@ class TagScanner:
     def _end(self) -> None:
         self._pieces.append("{}" if self._empty else "}")
         self.done = True
+
+
+class PairScanner(TagScanner):
+    """Reads one call of GLM's: the name of a function that there is, then pairs of keys and values."""
+
+    def _advance(self) -> bool:
+        if not self.started:
+            return self._read_name()
+        self._buffer = self._buffer.lstrip()
+        tag = ARGUMENT if self._key is None else VALUE
+        if self._buffer.startswith(tag):
+            return self._read_pair(tag)
+        if tag.startswith(self._buffer):
+            return False
+        self._end()
+        return True
+
+    def _read_name(self) -> bool:
+        name, marker, _ = cut(self._buffer, ["\n", "<"])
+        if marker is None:
+            return False
+        if name.strip() in self._functions:
+            self.name, self.started = name.strip(), True
+            self._buffer = self._buffer[len(name) :]
+        else:
+            self.failed = True
+        return True
+
+    def _read_pair(self, tag: str) -> bool:
+        """A key, or the value behind it."""
+        closing = ARGUMENT_END if tag == ARGUMENT else VALUE_END
+        inner, marker, behind = cut(self._buffer[len(tag) :], [closing])
+        if marker is None:
+            return False
+        self._buffer = behind
+        if self._key is None:
+            self._key = inner.strip()
+        else:
+            self._add(self._key, inner)
+        return True
 
 
 def _text(value: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from tokenmill.server.config_file import parse_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/clients.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

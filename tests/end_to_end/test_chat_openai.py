@@ -105,6 +105,72 @@ def test_structured_output_is_parsed(client: openai.OpenAI) -> None:
     assert isinstance(person, Person)
 
 
+class SetLight(pydantic.BaseModel):
+    """Switch the light."""
+
+    on: bool
+
+
+class Paint(pydantic.BaseModel):
+    """Paint a wall."""
+
+    colour: Literal["red", "blue"]
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("kind", [SetLight, Paint])
+def test_calls_are_parsed(client: openai.OpenAI, kind: type[pydantic.BaseModel], required: bool) -> None:
+    fields: dict[str, Any] = {
+        "model": TINY,
+        "messages": HELLO,
+        "tools": [openai.pydantic_function_tool(kind)],
+        "tool_choice": "required" if required else {"type": "function", "function": {"name": kind.__name__}},
+        "parallel_tool_calls": False,
+        "seed": 4,
+        "max_tokens": 120,
+    }
+    (call,) = client.chat.completions.parse(**fields).choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, kind)
+    with client.chat.completions.stream(**fields) as stream:
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+    assert streamed.function.parsed_arguments == call.function.parsed_arguments
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_functions_get_no_arguments_that_they_do_not_list(client: openai.OpenAI, seed: int) -> None:
+    """Frameworks send schemas that leave further keys open; random weights would never stop adding some."""
+    loose = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    tools: Any = [{"type": "function", "function": {"name": "set_light", "parameters": loose}}]
+    answer = client.chat.completions.create(
+        model=TINY,
+        messages=HELLO,
+        tools=tools,
+        tool_choice={"type": "function", "function": {"name": "set_light"}},
+        seed=seed,
+        max_tokens=200,
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert call.type == "function"
+    assert list(json.loads(call.function.arguments)) == ["on"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_json_objects_are_objects(client: openai.OpenAI, seed: int) -> None:
+    answer = client.chat.completions.create(
+        model=TINY,
+        messages=HELLO,
+        response_format={"type": "json_object"},
+        seed=seed,
+        max_tokens=400,
+    )
+    (choice,) = answer.choices
+    content = choice.message.content or ""
+    assert content.lstrip().startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(content), dict)
+
+
 def test_schema_that_cant_be_compiled_is_a_bad_request(client: openai.OpenAI) -> None:
     impossible = {
         "type": "object",

@@ -259,3 +259,58 @@ def test_prediction_changes_nothing_but_speed(client: openai.OpenAI) -> None:
     counts = drafted.usage.completion_tokens_details  # type: ignore[union-attr]
     assert counts.accepted_prediction_tokens + counts.rejected_prediction_tokens > 0  # type: ignore[operator,union-attr]
     assert plain.usage.completion_tokens_details.accepted_prediction_tokens == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_echo_streamed_or_not(client: openai.OpenAI, stream: bool, echo: bool) -> None:
+    answer: Any = complete(client, echo=echo, stream=stream)
+    chunks = list(answer) if stream else [answer]
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    plain = complete(client).choices[0]
+    assert text == (PROMPT if echo else "") + plain.text
+    assert chunks[-1].choices[0].finish_reason == plain.finish_reason
+
+
+def test_logit_bias_forces_and_bans(client: openai.OpenAI) -> None:
+    forced = complete(client, logit_bias={"77": 100}, logprobs=0, max_tokens=5)
+    assert forced.choices[0].logprobs is not None
+    assert len(set(forced.choices[0].logprobs.tokens or ())) == 1
+    free = extra(client, max_tokens=8, return_token_ids=True).choices[0]
+    assert free.model_extra is not None
+    ids = free.model_extra["token_ids"]
+    banned = extra(
+        client, max_tokens=8, return_token_ids=True, logit_bias=dict.fromkeys(map(str, ids), -100)
+    ).choices[0]
+    assert banned.model_extra is not None
+    assert set(ids).isdisjoint(banned.model_extra["token_ids"])
+
+
+@pytest.mark.parametrize("prompt", [None, [], [[]], [999_999], [5, -1], ["a", 5]])
+def test_prompts_that_are_none(client: openai.OpenAI, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, prompt=prompt)
+    assert caught.value.param == "prompt"
+    assert complete(client).choices
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_json": 42}, "guided_json"),
+        ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_regex"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+    ],
+)
+def test_formats_that_are_none(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        extra(client, **fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_schema_that_nothing_finite_satisfies_is_refused(client: openai.OpenAI, stream: bool) -> None:
+    endless = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+    with pytest.raises(openai.BadRequestError, match="no finite document") as caught:
+        complete(client, stream=stream, extra_body={"guided_json": endless})
+    assert caught.value.param == "guided_json"

@@ -178,7 +178,10 @@ REFUSED: dict[str, tuple[Schema | bool, str]] = {
     "false": (False, "Expecting object"),
     "missing definition": ({"$ref": "#/$defs/x"}, "/$defs/x"),
     "remote reference": ({"$ref": "https://example.com/x.json"}, "example.com"),
-    "reference to itself": ({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}, "no text"),
+    "reference to itself": (
+        {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}},
+        "no finite document",
+    ),
     "unknown type": ({"type": "strnig"}, "strnig"),
     "properties as a list": ({"type": "object", "properties": []}, "properties"),
     "required as a string": ({"type": "object", "required": "a"}, "required"),

@@ -247,3 +247,13 @@ def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
     news = run(engine, Add(500, PROMPT, GREEDY))
     assert tokens(news[500, 0]) == expected
     assert engine.scheduler.max_batch_tokens <= 20
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, []), (3, [3])])
+def test_threads_of_the_configuration_are_used(
+    folder: str, monkeypatch: pytest.MonkeyPatch, threads: int | None, expected: list[int]
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr("tokenmill.engine.model_runner.use_threads", used.append)
+    LLM(folder, max_context=128, num_blocks=60, threads=threads)
+    assert used == expected

@@ -24,6 +24,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+ENDLESS = '{"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}'
 PROMPT = [20, 30, 40]
 
 
@@ -93,6 +94,8 @@ def test_drafts_penalties_and_logprobs_under_a_grammar_change_nothing(llm: LLM, 
         ("json_schema", "{"),
         ("json_schema", '{"type": "nonsense"}'),
         ("json_schema", '{"$ref": "#"}'),
+        ("json_schema", ENDLESS),
+        ("grammar", f"start: %json {ENDLESS}"),
         ("json_schema", '{"items":' * 30_000 + "{}" + "}" * 30_000),
         ("regex", "(" * 30_000 + ")" * 30_000),
         ("json_schema", "false"),

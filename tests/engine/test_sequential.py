@@ -72,7 +72,8 @@ def test_says_which_way_it_takes(model_type: str, caplog: pytest.LogCaptureFixtu
     assert sequential(llm).keeps_cache == (model_type in CACHED)
     assert any("one sequence at a time (slow)" in line for line in said)
     assert any("computes its whole text anew" in line for line in said) == (model_type in WHOLE)
-    assert "one sequence at a time (slow)" in llm.engine.ready().description
+    way = "and cache" if model_type in CACHED else "without a cache, each token computing its text anew"
+    assert f"its own code {way}, one sequence at a time (slow)" in llm.engine.ready().description
 
 
 @pytest.mark.parametrize("model_type", TYPES)

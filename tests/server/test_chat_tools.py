@@ -92,6 +92,27 @@ def test_call_that_is_cut_off_ends_with_length(chat_server: LiveServer) -> None:
     assert ARGUMENTS.startswith(arguments)
 
 
+@pytest.mark.parametrize("kind", ["hermes", "mistral", "llama", "deepseek", ""])
+@pytest.mark.parametrize("demanded", [True, False])
+def test_wherever_a_call_is_cut_off_its_markup_is_no_content(
+    chat_server: LiveServer, kind: str, demanded: bool
+) -> None:
+    tool_choice = "required" if demanded else "auto"
+    fields: dict[str, Any] = {"messages": says(WRITTEN[kind]), "tools": TOOLS, "tool_choice": tool_choice}
+    for length in range(1, len(WRITTEN[kind]), 8):
+        own = choice(chat_server, kind, **fields, max_tokens=length)
+        streamed = assembled(chunks(chat_server, kind, **fields, max_tokens=length))
+        calls, content = functions(own["message"]), own["message"]["content"] or ""
+        assert (functions(streamed), streamed["content"] or "") == (calls, content)
+        assert all(name == "get_weather" and ARGUMENTS.startswith(given) for name, given in calls)
+        # Text that ends where a marker or a key may begin is text, unless nothing but calls may come. A token
+        # of the toy is a byte: half a character is none of a marker.
+        assert len(content) < 25
+        assert not (content and demanded) or content.endswith("\ufffd")
+        if own["finish_reason"] != "length":
+            break
+
+
 def test_choices_have_their_own_calls(chat_server: LiveServer) -> None:
     fields: dict[str, Any] = {"messages": says(f"no|||{CALL}"), "tools": TOOLS, "n": 2}
     plain, called = chat(chat_server, "hermes", **fields)["choices"]

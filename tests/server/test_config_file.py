@@ -27,6 +27,7 @@ models:
     kv_cache: {memory_share: 0.5, gib: 1, dtype: auto, prefix_cache: false}
     max_batch: 4
     max_batch_tokens: 64
+    threads: 3
     compile: off
     deterministic: true
     chat_template: null
@@ -77,6 +78,7 @@ def test_everything_that_may_be_said() -> None:
     )
     assert engine.kv_cache == KVCacheConfig(memory_share=0.5, gib=1, prefix_cache=False)
     assert engine.speculation_ngram
+    assert (engine.threads, plan.engines["x/y"].threads) == (3, None)
     assert plan.engines["x/y"].dtype == "float16"
     assert plan.variants["x/y"].timeout_s == 60
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, LiveServer
+from live_server import MODEL, LiveServer, eventually
 
 ROUTES = (
     "/v1/completions",
     "/v4/beta/completions",
+    "/v1/chat/completions",
     "/v1/fim/completions",
     "/infill",
     "/tokenize",
     "/detokenize",
 )
 
-LEAST: dict[str, dict[str, Any]] = {"/infill": {}, "/detokenize": {"tokens": [1]}}
+LEAST: dict[str, dict[str, Any]] = {
+    "/infill": {},
+    "/detokenize": {"tokens": [1]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+}
 """Bodies that will do, where a prompt won't."""
 
 
@@ -101,6 +107,16 @@ def test_429(start: Callable[..., LiveServer]) -> None:
     for answer in refused:
         check(answer, 429, "rate_limit_error", "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_499_is_only_in_the_log(start: Callable[..., LiveServer], caplog: pytest.LogCaptureFixture) -> None:
+    server = start('models: {a/b: {source: "fake:step_s=0.05"}}')
+    body = {"prompt": "a", "max_tokens": 100}
+    with caplog.at_level(logging.INFO):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        eventually(lambda: any("/v1/completions 499 " in record.getMessage() for record in caplog.records))
+    assert server.complete(prompt="a", max_tokens=1).status_code == 200
 
 
 def test_500(server: LiveServer) -> None:

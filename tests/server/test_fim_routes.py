@@ -14,6 +14,8 @@ from live_server import LiveServer, events, eventually
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import parse_config
 from tokenmill.server.fim_answers import LineRules
+from tokenmill.server.fim_protocol import InfillRequest
+from tokenmill.server.fim_routes import completion_of_infill
 
 TOY = Tokenizer(FIM_TOKENIZER)
 PREFIX, SUFFIX, MIDDLE, FILE = (TOY.encode(token, add_special_tokens=False)[0] for token in FIM_TOKENS)
@@ -251,11 +253,30 @@ def test_what_the_editors_plug_in_sends(editors: LiveServer) -> None:
         ({"repeat_penalty": 0}, "repeat_penalty"),
         ({"mirostat": 1}, "mirostat"),
         ({"samplers": "top_k"}, "samplers"),
+        ({"samplers": ["top_k", "nonsense"]}, "samplers"),
+        ({"samplers": [["top_k"]]}, "samplers"),
+        ({"cache_prompt": 1}, "cache_prompt"),
+        ({"id_slot": -2}, "id_slot"),
+        ({"t_max_prompt_ms": -1}, "t_max_prompt_ms"),
         ({"response_fields": [1]}, "response_fields"),
     ],
 )
 def test_infill_values_that_are_refused(editors: LiveServer, fields: dict[str, Any], param: str) -> None:
     refused(infill(editors, **fields), param)
+
+
+def test_only_the_listed_filters_act() -> None:
+    settings = {"temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "presence_penalty": 1.0}
+
+    def sent(**fields: Any) -> dict[str, Any]:
+        infill_request = InfillRequest(**settings, repeat_penalty=1.5, **fields)
+        given = completion_of_infill(infill_request).model_dump(exclude_unset=True)
+        return {name: value for name, value in given.items() if name not in ("prompt", "suffix")}
+
+    assert sent() == sent(samplers=None) == {**settings, "repetition_penalty": 1.5}
+    assert sent(samplers=["penalties"]) == {"presence_penalty": 1.0, "repetition_penalty": 1.5}
+    assert sent(samplers=["top-k", "infill", "temp"]) == {"top_k": 5, "temperature": 0.5}
+    assert sent(samplers=[]) == sent(samplers=["dry", "xtc"]) == {}
 
 
 def test_editors_may_leave_out_the_model(server: LiveServer) -> None:

@@ -245,6 +245,20 @@ def test_families_are_found_by_their_tokens(name: str, special: bool) -> None:
     assert make_fim(Tokenizer(TOKENIZER), name) is None
 
 
+@pytest.mark.parametrize("name", ["codegemma", "qwen2.5-coder", "granite"])
+def test_families_that_share_tokens_are_told_apart_by_those_for_files(name: str) -> None:
+    markup = PRESETS[name]
+    files = [str(token) for token in (markup.repo, markup.file) if token]
+    tokenizer = Tokenizer(
+        with_tokens(*(str(t) for t in (markup.prefix, markup.suffix, markup.middle)), *files)
+    )
+    fim = make_fim(tokenizer, "auto")
+    assert fim is not None
+    marks = [tokenizer.encode(token, add_special_tokens=False)[0] for token in files]
+    ids = fim.encode_files([("util.py", "x")])
+    assert [token for token in ids if token in marks] == [*marks[:-1], marks[-1], marks[-1]]
+
+
 def test_markup_by_ids() -> None:
     fim = make_fim(TOY, FimMarkup(prefix=1, suffix=2, middle=3, order="spm2", stop=(4,)))
     assert fim is not None

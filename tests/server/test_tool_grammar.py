@@ -102,7 +102,7 @@ def calls_in(form: ToolForm, text: str, limit: int | None = None) -> list[tuple[
     """The calls that the form's parser reads, which must be all that there is."""
     read = ChatText(None, form.parser(dict.fromkeys(SCHEMAS, ()), limit))
     read.feed(text)
-    read.finish()
+    read.finish("stop")
     assert read.message()["content"] is None, text
     return [(call.name, json.loads("".join(call.arguments))) for call in read.calls]
 

@@ -23,12 +23,12 @@ NESTED = '{"a": {"b": [1, "}]", {"c": "\\"<"}]}, "d": null}'
 Calls = list[tuple[str, str]]
 
 
-def read(parser: ToolParser, pieces: Sequence[str]) -> tuple[str, Calls]:
-    """The content and the calls (name, arguments) of a text that comes in pieces."""
+def read(parser: ToolParser, pieces: Sequence[str], reason: str = "stop") -> tuple[str, Calls]:
+    """The content and the calls (name, arguments) of a text that comes in pieces and ends for this reason."""
     text = ChatText(None, parser)
     for piece in pieces:
         text.feed(piece)
-    text.finish()
+    text.finish(reason)
     message = text.message()
     content = message["content"] or ""
     assert isinstance(content, str)
@@ -48,6 +48,13 @@ def hermes(name: str, arguments: str, key: str = "arguments") -> str:
 def tagged(name: str, **values: str) -> str:
     parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
+
+
+def pairs(name: str, **values: str) -> str:
+    written = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in values.items()
+    )
+    return f"<tool_call>{name}\n{written}</tool_call>"
 
 
 def deepseek(name: str, arguments: str) -> str:
@@ -99,6 +106,19 @@ CASES: list[tuple[type[ToolParser], str, str, Calls]] = [
     (HermesParser, "<tool_call><function=f></tool_call>", "", [("f", "{}")]),
     (HermesParser, "<tool_call> <function f>", "<tool_call> <function f>", []),
     (HermesParser, "<tool_call>\n<function=a b\n>", "<tool_call>\n<function=a b\n>", []),
+    # GLM-4.5's pairs.
+    (HermesParser, pairs("f", city="Paris"), "", [F]),
+    (HermesParser, f"Hm.\n{pairs('f', city='Paris')}\n{pairs('g')}\n", "Hm.", [F, ("g", "{}")]),
+    (
+        HermesParser,
+        pairs("f", city="5", days="5", on="true", text=" a\n<b>", list='["]"]'),
+        "",
+        [("f", '{"city": "5", "days": 5, "on": true, "text": " a\\n<b>", "list": ["]"]}')],
+    ),
+    (HermesParser, pairs("f", city="Paris").replace("\n", ""), "", [F]),
+    (HermesParser, "<tool_call>f\n<arg_key>city</arg_key>\n<arg_value>Par", "", [("f", "")]),
+    (HermesParser, "<tool_call>f\n</tool_call>", "", [("f", "{}")]),
+    (HermesParser, "<tool_call>word\n</tool_call>", "<tool_call>word\n</tool_call>", []),
     # Llama 3 and the generic form.
     (BareParser, f'{{"name": "f", "parameters": {PARIS}}}', "", [F]),
     (BareParser, f'<|python_tag|>{{"name": "x", "parameters": {PARIS}}}', "", [("x", PARIS)]),
@@ -229,7 +249,7 @@ def test_calls_inside_thoughts_are_thoughts() -> None:
     text = ChatText(ReasoningParser(Tags("<think>", "</think>"), opened=False), HermesParser(NAMES))
     for character in f"<think>\nMaybe {written}?\n</think>\n\nYes. {hermes(*G)}":
         text.feed(character)
-    text.finish()
+    text.finish("stop")
     message = text.message()
     assert message["reasoning_content"] == f"Maybe {written}?"
     assert message["content"] == "Yes."
@@ -258,3 +278,41 @@ def test_form_by_name() -> None:
     assert choose_form("mistral", "[TOOL_CALLS]").wrapping.end == "]"
     assert "```" in choose_form("deepseek", "```json").wrapping.before
     assert "```" not in choose_form("deepseek", "").wrapping.before
+
+
+CUT: list[tuple[type[ToolParser], str, str, Calls]] = [
+    # On its way to be a call: its text is nobody's.
+    (BareParser, '{"name": "f", "argu', "", []),
+    (BareParser, '{"name": "', "", []),
+    (BareParser, '{"name"', "", []),
+    (BareParser, f'{{"name": "f", "parameters": {PARIS}}}\n{{"name": "g"', "", [F]),
+    (BareParser, 'Well:\n```json\n{"name": "f",', "Well:\n", []),
+    (HermesParser, '<tool_call>\n{"name": "f", "argu', "", []),
+    (BareParser, '{"name": "f", "arguments": {"city": "Pa', "", [("f", '{"city": "Pa')]),
+    # Anything else is content.
+    (BareParser, '{"name": "Jo', '{"name": "Jo', []),
+    (BareParser, '{"na', '{"na', []),
+    (BareParser, '{"age": 3, "na', '{"age": 3, "na', []),
+    (BareParser, f'{{"name": "f", "parameters": {PARIS}}}\n```json', "```json", [F]),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "content", "calls"), CUT)
+def test_texts_that_were_cut(kind: type[ToolParser], text: str, content: str, calls: Calls) -> None:
+    assert read(kind(NAMES), [text], "length") == (content, calls)
+    assert read(kind(NAMES), list(text), "length") == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (BareParser, '{"na'),
+        (BareParser, '{"name": "f", "argu'),
+        (HermesParser, "<tool"),
+        (HermesParser, "<tool_call>"),
+        (HermesParser, '<tool_call>\n{"name": "f", "argu'),
+        (MistralParser, "[TOOL_CALLS] [{"),
+    ],
+)
+def test_an_answer_of_nothing_but_calls_has_no_content(kind: type[ToolParser], text: str) -> None:
+    assert read(kind(NAMES, None, True), list(text), "length") == ("", [])
