@@ -1,14 +1,16 @@
 """KV blocks: who holds them, and which full blocks can serve another request with the same prefix.
 
-A block is in exactly one of three states:
+A block is in exactly one of four states:
 
+    new       never held; its memory may not even be there yet
     held      references > 0
     cached    references = 0, its content is known and may be taken up again; waits in the free queue
     empty     references = 0, content meaningless; waits at the head of the free queue
 
 A full block's content is named by (name of the block before it, its token ids). Names of contents are
 never used twice, and a dict compares the token ids themselves, so two different prefixes can't be taken for
-each other however their hashes fall. The free queue is least-recently-freed first.
+each other however their hashes fall. The free queue is least-recently-freed first. New blocks are taken before
+cached ones, but only until `history` blocks are cached: a process then stays as large as its work needs.
 """
 
 from __future__ import annotations
@@ -30,13 +32,18 @@ class Prefix:
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, numbered from 1 (block 0 is the runner's scratch)."""
+    """`num_blocks` blocks of `block_size` tokens, numbered from 1 (block 0 is the runner's scratch).
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    `history`: free blocks whose contents are kept before new ones are taken; None: as many as there are.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, history: int | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._history = num_blocks if history is None else history
         self._references = [0] * (num_blocks + 1)
-        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(1, num_blocks + 1))
+        self._next_new = 1
+        self._free: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[ContentKey, int] = {}
         self._content_of: dict[int, tuple[ContentKey, int]] = {}
         self._roots: dict[str, int] = {}
@@ -45,11 +52,15 @@ class BlockPool:
     @property
     def free_blocks(self) -> int:
         """Blocks that an allocation may take, cached ones included."""
-        return len(self._free)
+        return len(self._free) + self._new_blocks
 
     @property
     def used_blocks(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.free_blocks
+
+    @property
+    def _new_blocks(self) -> int:
+        return self.num_blocks + 1 - self._next_new
 
     @property
     def cached_blocks(self) -> int:
@@ -80,17 +91,27 @@ class BlockPool:
     def allocate(self, amount: int, shared: Sequence[int] = ()) -> list[int] | None:
         """Take hold of the `shared` blocks and of `amount` others; None, with nothing changed, if too few are free."""
         revived = sum(1 for block in shared if self._references[block] == 0)
-        if amount > len(self._free) - revived:
+        if amount > self.free_blocks - revived:
             return None
         for block in shared:
             self.hold(block)
-        taken = []
-        for _ in range(amount):
-            block, _none = self._free.popitem(last=False)
-            self._forget(block)
-            self._references[block] = 1
-            taken.append(block)
+        taken = [self._take() for _ in range(amount)]
         return [*shared, *taken]
+
+    def _take(self) -> int:
+        """An empty block, else a new one, else the one that was freed longest ago."""
+        oldest = next(iter(self._free), None)
+        if oldest is None or (
+            self._new_blocks and len(self._free) < self._history and oldest in self._content_of
+        ):
+            block = self._next_new
+            self._next_new += 1
+        else:
+            block = oldest
+            del self._free[block]
+            self._forget(block)
+        self._references[block] = 1
+        return block
 
     def hold(self, block: int) -> None:
         """One more reference to a held or cached block."""
@@ -147,7 +168,8 @@ class BlockPool:
                 assert 1 <= block <= self.num_blocks, f"block {block} doesn't exist"
                 held[block] += 1
         assert held == self._references, "references differ from what the tables hold"
-        assert set(self._free) == {b for b in range(1, self.num_blocks + 1) if held[b] == 0}, "free queue"
+        assert set(self._free) == {b for b in range(1, self._next_new) if held[b] == 0}, "free queue"
+        assert not any(held[self._next_new :]), "a new block is held"
         assert len(self._block_of) == len(self._content_of), "cache indices differ in size"
         for block, (key, _name) in self._content_of.items():
             assert self._block_of[key] == block, f"content of block {block} is filed elsewhere"

@@ -62,7 +62,9 @@ class Engine:
         self.overlap = on_gpu if config.overlap is None else config.overlap
         forward = self.runner.forward
         logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
-        self.pool = BlockPool(forward.capacity.num_blocks, forward.capacity.block_size)
+        self.pool = BlockPool(
+            forward.capacity.num_blocks, forward.capacity.block_size, forward.capacity.history
+        )
         step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
         self.scheduler = Scheduler(
             self.pool,

@@ -37,6 +37,8 @@ class Capacity:
     num_blocks: int
     block_size: int
     bytes_per_token: float
+    history: int | None = None
+    """Free blocks whose contents are kept before blocks are taken whose memory was never used; None: no limit."""
 
     @property
     def tokens(self) -> int:
@@ -84,7 +86,8 @@ class PagedForward:
             config, layers, dtype, model.device, model.max_context, self._block_size, activations
         )
         token_bytes = kv_cache.block_bytes(layers, 1, dtype)
-        self.capacity = Capacity(num_blocks, self._block_size, token_bytes)
+        history = kv_cache.history(config, model.device, token_bytes * self._block_size)
+        self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history)
         self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
         self._touches = self._cache.touches()
         if isinstance(self._logits, Decoder) and isinstance(kernels, TracingKernels):

@@ -21,6 +21,8 @@ from tokenmill.kernels.cpu import memory
 CPU_GIB = 1.0
 TOUCHED_BYTES = 128 * 2**20
 """Of a CPU's cache that are made ready before they are needed; the rest is taken as it is used."""
+HISTORY_BYTES = 256 * 2**20
+"""Of a CPU's cache that contents of ended requests may take before they are overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,16 @@ def count_blocks(
             f"{available / 2**20:.1f} MiB are to be had; lower max_batch_tokens or raise kv_cache.gib"
         )
     return blocks
+
+
+def history(config: EngineConfig, device: torch.device, bytes_per_block: float) -> int | None:
+    """How many blocks of ended requests to keep before memory is taken that was never used; None: no limit.
+
+    Where nobody says how large a CPU's cache is to be, the process grows with its work, not up to the cache's size.
+    """
+    if device.type != "cpu" or config.kv_cache.gib is not None or config.num_blocks is not None:
+        return None
+    return int(HISTORY_BYTES // bytes_per_block)
 
 
 def allocate(

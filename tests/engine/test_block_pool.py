@@ -68,6 +68,21 @@ def test_content_stays_findable_until_its_block_is_needed() -> None:
     pool.check_integrity([taken, more])
 
 
+def test_history_bounds_what_is_kept_before_new_blocks_are_taken() -> None:
+    pool = BlockPool(10, SIZE, history=2)
+    prompts = [[10 * i + j for j in range(SIZE)] + [0] for i in range(6)]
+    for prompt in prompts:
+        pool.release(fill(pool, prompt))
+        pool.check_integrity()
+    assert [len(pool.match(prompt).blocks) for prompt in prompts] == [0, 0, 0, 0, 1, 1]
+    held = pool.allocate(10)
+    assert held is not None and sorted(held) == list(range(1, 11)), (
+        "all blocks are to be had when they are needed"
+    )
+    pool.release(held)
+    pool.check_integrity()
+
+
 def test_an_allocation_that_does_not_fit_changes_nothing() -> None:
     pool = BlockPool(4, SIZE)
     shared = fill(pool, list(range(8)))
@@ -97,7 +112,7 @@ def test_releasing_twice_is_an_error() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_random_histories_keep_the_laws(data: st.DataObject) -> None:
-    pool = BlockPool(data.draw(st.integers(1, 12)), SIZE)
+    pool = BlockPool(data.draw(st.integers(1, 12)), SIZE, data.draw(st.none() | st.integers(0, 8)))
     tables: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 30))):
         action = data.draw(st.sampled_from(["fill", "release", "discard", "reset"]))
