@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.block_weight import Weight
 
 
 class NotUnderstood(ValueError):
@@ -40,7 +41,7 @@ class Norm:
 class Linear:
     """`weight` [out, in] and `bias` [out]. Several of them side by side make one matrix product."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
 
 
@@ -116,7 +117,7 @@ class Rope:
 class DecoderSpec:
     """The whole model."""
 
-    embedding: Tensor
+    embedding: Weight
     embed_scale: float
     layers: list[Layer]
     norm: Norm

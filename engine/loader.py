@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenmill.engine import attention, gguf_cache, guards
 from tokenmill.engine.checkpoint import Checkpoint, resolve
-from tokenmill.engine.config import DType, EngineConfig
+from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
@@ -76,16 +76,13 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 
 
 def _refuse_unsupported(config: EngineConfig) -> None:
-    if config.quantization is not None:
-        raise LoadError(
-            f"{config.source}: quantization {config.quantization} isn't supported yet; leave it out"
-        )
     if config.compile:
         raise LoadError(f"{config.source}: compile isn't supported yet; leave it off")
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> LoadedModel:
     device = pick_device(config.device)
+    _refuse_quantization(config.quantization, checkpoint, device)
     dtype, note = _pick_dtype(config.dtype, checkpoint, device)
     opened = _open(checkpoint, device, dtype, progress)
     module, text_config = opened.module, opened.module.config.get_text_config(decoder=True)
@@ -113,6 +110,20 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         size=size_of(module, text_config),
         verdict=opened.verdict,
     )
+
+
+def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Say early, before weights are read, what can't be had on this device or of these files."""
+    if wanted == "fp8" and device.type == "cpu":
+        raise LoadError("quantization fp8 needs a GPU; int8 and int4 work on a CPU")
+    if wanted == "gguf" and checkpoint.gguf_file is None:
+        raise LoadError(
+            "quantization gguf keeps the blocks of a .gguf file, and this is none; say int8 or int4"
+        )
+    if wanted == "gguf" and device.type != "cpu":
+        raise LoadError(
+            f"quantization gguf works on a CPU, not on {device}; say int8 or int4, or leave it out"
+        )
 
 
 @dataclass(frozen=True, slots=True)
