@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.decoder import Decoder
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.cpu_products import CpuProduct
+from tokenmill.engine.decoder import Decoder
 from tokenmill.engine.kernel_set import CpuKernels, Lookup
 from tokenmill.kernels.cpu import elementwise, tape
 from tokenmill.kernels.cpu.linear import PackedLinear

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, kv_cache
+from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, gguf, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
@@ -116,7 +116,8 @@ class PagedForward:
         assert module is not None
         if form is not None and config.fused_decoder:
             described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
-            model.module = module = None
+            gguf.put_blocks(described, module, model.blocks)
+            model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()
             return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels"
         if config.quantization is not None:
