@@ -192,6 +192,9 @@ def _open_blocks(file: Path, dtype: torch.dtype, progress: Progress) -> _Opened:
         tensors = gguf.stand_ins(weights)
         cpu = torch.device("cpu")
         module = read_weights(None, model_class, own, cpu, dtype, progress, tensors=tensors)
+        strange = min(tensors.keys() - module.state_dict().keys(), default=None)
+        if strange is not None:
+            raise LoadError(f"quantization gguf: the file holds {strange}, which a {own.model_type} hasn't")
         progress("reading the tokenizer", None)
         tokenizer = load_tokenizer_info(folder, full, "")
     blocks = {name: weight for name, weight in weights.items() if isinstance(weight, BlockWeight)}
