@@ -46,9 +46,10 @@ inline void configure_tiles(int rows) {
 }
 
 // sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps; x's rows lie `stride`
-// elements apart. The tiles must be configured for `rows`.
+// elements apart. The tiles must be configured for `rows`. Meanwhile `ahead.fetch(k)` is called for each step.
+template <class Meanwhile>
 inline void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
-                        bool fresh, const Ahead& ahead) {
+                        bool fresh, const Meanwhile& ahead) {
   constexpr int kLine = kPair * 4;
   tile_fence(weight);
   tile_fence(x);
@@ -70,12 +71,12 @@ inline void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64
   }
   if (rows <= 16) {
     for (int64_t k = 0; k < steps; ++k) {
-      ahead.fetch(k);
       _tile_loadd(4, x + k * kStep, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
       _tile_dpbf16ps(1, 4, 7);
+      ahead.fetch(k);
     }
   } else {
     const bf16* below = x + 16 * stride;
