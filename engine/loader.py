@@ -109,10 +109,10 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         eos_ids=tuple(x for x in opened.tokenizer.eos_ids if x < width),
         logits_width=width,
         fingerprint=fingerprint,
-        description=_describe(text_config.model_type, parameters, dtype, device, note),
+        description=_describe(text_config.model_type, parameters, dtype, device, note, config.quantization),
         model_type=text_config.model_type,
         parameters=parameters,
-        size=size_of(module, text_config),
+        size=size_of(module, text_config, config.quantization, opened.blocks),
         verdict=opened.verdict,
         blocks=opened.blocks,
     )
@@ -306,7 +306,15 @@ def _settings(text_config: PreTrainedConfig) -> str:
     return json.dumps({k: fields[k] for k in sorted(fields) if k not in guards.NAMES}, default=str)
 
 
-def _describe(model_type: str, parameters: int, dtype: torch.dtype, device: torch.device, note: str) -> str:
+def _describe(
+    model_type: str,
+    parameters: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: str,
+    quantization: Quantization | None,
+) -> str:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
-    return f"{model_type}, {size} parameters, {name} on {device}"
+    held = "" if quantization is None else f", {quantization} weights"
+    return f"{model_type}, {size} parameters, {name} on {device}{held}"

@@ -116,7 +116,9 @@ def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str)
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base(
+        rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"]
+    )
     writer.add_rope_dimension_count(size)
     writer.add_key_length(size)
     if config.get("sliding_window"):

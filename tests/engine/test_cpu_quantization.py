@@ -17,7 +17,18 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
 
-TYPES = ("llama", "qwen2", "qwen3_moe", "mixtral", "gemma2", "phi3", "starcoder2", "olmo2", "cohere", "granite")
+TYPES = (
+    "llama",
+    "qwen2",
+    "qwen3_moe",
+    "mixtral",
+    "gemma2",
+    "phi3",
+    "starcoder2",
+    "olmo2",
+    "cohere",
+    "granite",
+)
 PROMPT = [7, 3, 250, 99, 101, 14, 15, 16, 200, 201, 12, 55, 56, 57, 58, 59, 60, 61, 90, 91]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=2)
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_tokens=20, ignore_eos=True, logprobs=4)
@@ -61,9 +72,16 @@ class UnpackedKernels(ReferenceKernels):
         return super().make_mixture(*unpacked, activation)
 
 
-def quantized(model_type: str, quantization: Quantization | None, dtype: str = "float32", **options: object) -> LLM:
+def quantized(
+    model_type: str, quantization: Quantization | None, dtype: str = "float32", **options: object
+) -> LLM:
     return LLM(
-        str(tiny(model_type)), quantization=quantization, dtype=dtype, max_context=128, num_blocks=300, **options
+        str(tiny(model_type)),
+        quantization=quantization,
+        dtype=dtype,
+        max_context=128,
+        num_blocks=300,
+        **options,
     )
 
 
@@ -110,7 +128,13 @@ def test_every_instruction_set(
 def test_bfloat16_is_near_the_weights_in_full(quantization: Quantization, most: float) -> None:
     """The error is the rounding's: 8 bits change log-probabilities a little, 4 bits more."""
     exact, rounded = (
-        LLM(str(tiny("llama", hidden_size=128)), quantization=q, dtype="bfloat16", max_context=64, num_blocks=20)
+        LLM(
+            str(tiny("llama", hidden_size=128)),
+            quantization=q,
+            dtype="bfloat16",
+            max_context=64,
+            num_blocks=20,
+        )
         for q in (None, quantization)
     )
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
@@ -154,9 +178,13 @@ def test_weights_are_kept_once() -> None:
 
 
 def test_refused_where_the_decoder_cannot_run() -> None:
-    with pytest.raises(LoadError, match="quantization int8 needs the fused decoder, which doesn't run a gpt2"):
+    with pytest.raises(
+        LoadError, match="quantization int8 needs the fused decoder, which doesn't run a gpt2"
+    ):
         quantized("gpt2", "int8")
-    with pytest.raises(LoadError, match="quantization int4 needs the fused decoder, which doesn't run a mamba"):
+    with pytest.raises(
+        LoadError, match="quantization int4 needs the fused decoder, which doesn't run a mamba"
+    ):
         quantized("mamba", "int4")
 
 

@@ -56,7 +56,9 @@ def test_equals_what_transformers_unpacks(model_type: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_block_types(kind: str, tied: bool, tmp_path: Path) -> None:
-    file = gguf_of("llama", tmp_path / "model.gguf", {".*(proj|lm_head|tokens).weight": kind}, tie_word_embeddings=tied)
+    file = gguf_of(
+        "llama", tmp_path / "model.gguf", {".*(proj|lm_head|tokens).weight": kind}, tie_word_embeddings=tied
+    )
     check_greedy(packed(file), unpacked_model(file))
 
 
@@ -139,9 +141,15 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     ("change", "words"),
     [
         ({"kinds": {EMBEDDING: "Q2_K"}}, "token_embd.weight is in Q2_K blocks, which no product here reads"),
-        ({"extra": {"blk.0.attn_rot.weight": torch.zeros(4)}}, "blk.0.attn_rot.weight, which isn't understood"),
+        (
+            {"extra": {"blk.0.attn_rot.weight": torch.zeros(4)}},
+            "blk.0.attn_rot.weight, which isn't understood",
+        ),
         ({"extra": {"mystery": torch.zeros(4)}}, "mystery, which isn't understood"),
-        ({"extra": {"blk.7.attn_norm.weight": torch.zeros(64)}}, "model.layers.7.input_layernorm.weight, which a llama hasn't"),
+        (
+            {"extra": {"blk.7.attn_norm.weight": torch.zeros(64)}},
+            "model.layers.7.input_layernorm.weight, which a llama hasn't",
+        ),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str, tmp_path: Path) -> None:
