@@ -254,7 +254,7 @@ def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:
     """Let go of weights that the kernels have taken over."""
     for part in parts:
         if isinstance(part, spec.Linear):
-            part.weight = NOTHING
+            part.weight, part.bias = NOTHING, None
         elif isinstance(part, spec.Experts):
             part.gate_up = part.down = NOTHING
         else:

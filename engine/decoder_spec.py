@@ -11,7 +11,7 @@ is not understood, and runs by its own code. Understanding is a guess at the ari
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,20 @@ def describe(
         ropes=ropes.tables,
     )
     _require_all_used(module, spec)
+    # Vectors live on when the weights have been packed: as views they would keep the whole mapped file.
+    replace_tensors(spec, lambda tensor: tensor.clone() if tensor.dim() == 1 else tensor)
     return spec
+
+
+def replace_tensors(part: Any, change: Callable[[Tensor], Weight]) -> None:
+    """Put `change(tensor)` in the place of every tensor of a description or a part of one."""
+    for name in part.__dataclass_fields__:
+        value = getattr(part, name)
+        if isinstance(value, Tensor):
+            setattr(part, name, change(value))
+        elif isinstance(value, list) or hasattr(value, "__dataclass_fields__"):
+            for each in value if isinstance(value, list) else [value]:
+                replace_tensors(each, change)
 
 
 def _embed_scale(embedding: nn.Module, config: Any) -> float:

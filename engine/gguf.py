@@ -11,7 +11,7 @@ blocks in their place (`put_blocks`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmill.engine.block_weight import BlockWeight, Weight
-from tokenmill.engine.decoder_spec import DecoderSpec
+from tokenmill.engine.decoder_spec import DecoderSpec, replace_tensors
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.weight_files import GGUFSummary, GGUFTensor
 from tokenmill.kernels.cpu.quantized import BLOCKS
@@ -172,17 +172,4 @@ def stand_ins(weights: dict[str, Weight]) -> dict[str, Tensor]:
 def put_blocks(spec: DecoderSpec, module: nn.Module, blocks: dict[str, BlockWeight]) -> None:
     """Put each weight that stays in blocks where `spec` has the parameter of `module` that stands for it."""
     held = {id(parameter): blocks[name] for name, parameter in module.named_parameters() if name in blocks}
-
-    def walk(part: Any) -> None:
-        if isinstance(part, list):
-            for each in part:
-                walk(each)
-        elif is_dataclass(part):
-            for field in fields(part):
-                value = getattr(part, field.name)
-                if id(value) in held:
-                    setattr(part, field.name, held[id(value)])
-                else:
-                    walk(value)
-
-    walk(spec)
+    replace_tensors(spec, lambda tensor: held.get(id(tensor), tensor))
