@@ -163,3 +163,12 @@ def test_an_architecture_that_cannot_be_kept_packed_is_refused(tmp_path: Path) -
     file.write_bytes(file.read_bytes().replace(b"llama", b"bloom"))
     with pytest.raises(LoadError, match="doesn't know the architecture bloom"):
         packed(file)
+
+
+@pytest.mark.parametrize("quantization", [None, "gguf"])
+def test_no_file_stays_mapped(quantization: str | None, tmp_path: Path) -> None:
+    """Once packed, weights are held once: the pages of the file they came from would count as memory, too."""
+    file = gguf_of("qwen2", tmp_path / "model.gguf", {Q4_1: "Q4_1"}, tie_word_embeddings=True)
+    llm = LLM(str(file), quantization=quantization, dtype="float32", max_context=64, num_blocks=20)
+    assert llm.engine.runner.forward.name == "fused decoder, cpu kernels"
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
