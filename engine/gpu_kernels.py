@@ -10,6 +10,7 @@ that captured graphs may keep their addresses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenmill.engine.block_weight import Weight, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.kernel_set import (
     Adjustments,
@@ -27,8 +29,6 @@ from tokenmill.engine.kernel_set import (
     Product,
     ReferenceKernels,
     Settings,
-    join,
-    join_biases,
 )
 from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
@@ -47,7 +47,7 @@ class GpuKernels(ReferenceKernels):
     name = "triton"
     captures = True
     fp8_cache = True
-    quantizes = True
+    quantizations = frozenset({"fp8", "int8", "int4"})
 
     def __init__(
         self,
@@ -135,7 +135,9 @@ class GpuKernels(ReferenceKernels):
         normed: Tensor = gpu.rms_norm(_rowwise(x), weight, eps, offset)
         return normed
 
-    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+    def make_linear(
+        self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
+    ) -> Product:
         weight = self._quantized(join(weights))
         return self._product(weight, join_biases(weights, biases), gate)
 
@@ -145,8 +147,8 @@ class GpuKernels(ReferenceKernels):
             self.linear_space = gpu.make_linear_workspace(self.device, product.workspace_floats)
         return product
 
-    def make_exact(self, weight: Tensor, bias: Tensor | None) -> Product:
-        return self._product(weight.contiguous(), bias, None)
+    def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
+        return self._product(join([weight]).contiguous(), bias, None)
 
     def _quantized(self, weight: Tensor) -> Any:
         """The weight [..., out, in] in the format that was asked for; raises LoadError where it can't be."""
@@ -164,8 +166,9 @@ class GpuKernels(ReferenceKernels):
         mix = partial(gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile)
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
 
-    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
-        return lambda ids: functional.embedding(ids, weight)
+    def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
+        table = join([weight])
+        return lambda ids: functional.embedding(ids, table)
 
     # ---------------------------------------------------------------- sampling
 

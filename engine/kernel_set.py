@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tokenmill.engine.block_weight import Weight, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.kernels import gpu, reference
+
+if TYPE_CHECKING:
+    from tokenmill.engine.cpu_products import CpuProduct
+    from tokenmill.kernels.cpu.linear import PackedLinear
 
 logger = logging.getLogger("tokenmill.engine")
 Lookup = Callable[[Tensor], Tensor]
@@ -88,8 +93,8 @@ class ReferenceKernels:
     name = "torch"
     captures = False
     """Whether a decode step on these kernels can be captured in a CUDA graph."""
-    quantizes = False
-    """Whether products can hold their weights in fp8, int8 or int4."""
+    quantizations: frozenset[Quantization] = frozenset()
+    """The formats in which products can hold their weights, beside the one that these come in."""
     fp8_cache = False
     """Whether the paged cache may be held in 8-bit floats."""
 
@@ -122,7 +127,9 @@ class ReferenceKernels:
         """What a step's layers share; its first `decodes` rows have one token each."""
         return None
 
-    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
+    def make_linear(
+        self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
+    ) -> Product:
         """One product over the rows of all `weights`; `gate`: they are gate and up rows, act(gate) * up results."""
         weight, bias = join(weights), join_biases(weights, biases)
 
@@ -136,9 +143,13 @@ class ReferenceKernels:
 
         return product
 
-    def make_exact(self, weight: Tensor, bias: Tensor | None) -> Product:
-        """A product whose weight stays as it is where others are quantized: the head, a router."""
+    def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
+        """A product whose weight stays as it is where others are quantized: a router."""
         return self.make_linear([weight], [bias], None)
+
+    def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
+        """The product that brings logits."""
+        return self.make_exact(weight, bias)
 
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
         """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]."""
@@ -149,9 +160,10 @@ class ReferenceKernels:
     def own_threads(self) -> None:
         """A whole forward pass runs on these kernels now: libraries that would compete with their threads yield."""
 
-    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
+    def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
         """Look-up of rows; `head` is the product over the same weight where the two are tied."""
-        return lambda ids: weight[ids]
+        table = join([weight])
+        return lambda ids: table[ids]
 
     def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
         """Float32 logits [N, V] after `changes`; those given stay as they are."""
@@ -190,29 +202,18 @@ class ReferenceKernels:
         return self.sample(logits, *settings), flags
 
 
-def join(weights: list[Tensor]) -> Tensor:
-    """One weight of all rows."""
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
-
-
-def join_biases(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
-    """One bias of all rows, zeros where a part has none; None if none has."""
-    if all(bias is None for bias in biases):
-        return None
-    return torch.cat(
-        [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    )
-
-
 class CpuKernels(ReferenceKernels):
     """The C++ kernels, for bfloat16 and float32."""
 
     name = "cpu"
+    quantizations = frozenset({"int8", "int4", "gguf"})
 
-    def __init__(self) -> None:
-        from tokenmill.kernels.cpu import attention, elementwise, linear, sampling
+    def __init__(self, quantization: Quantization | None = None) -> None:
+        from tokenmill.engine import cpu_products
+        from tokenmill.kernels.cpu import attention, elementwise, sampling
 
-        self._attention, self._linear, self._sampling = attention, linear, sampling
+        self.quantization = quantization
+        self._attention, self._products = attention, cpu_products
         for module in (elementwise, sampling):
             for function in (
                 "rope_store",
@@ -254,13 +255,25 @@ class CpuKernels(ReferenceKernels):
         """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""
         torch.set_num_threads(1)
 
-    def make_linear(self, weights: list[Tensor], biases: list[Tensor | None], gate: str | None) -> Product:
-        return self._linear.PackedLinear(join(weights), join_biases(weights, biases), gate)
+    def make_linear(
+        self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
+    ) -> Product:
+        return self._finish(self._products.pack(weights, biases, gate, self.quantization))
+
+    def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
+        return self._finish(self._products.pack([weight], [bias], None, None))
+
+    def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
+        return self._finish(self._products.pack_head(weight, bias, self.quantization))
+
+    def _finish(self, product: CpuProduct) -> CpuProduct:
+        """The product as these kernels give it away."""
+        return product
 
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
         """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
-        ups = [self._linear.PackedLinear(weight, None, activation) for weight in gate_up]
-        downs = [self._linear.PackedLinear(weight, None, None) for weight in down]
+        ups = [self._products.pack([w], [None], activation, self.quantization) for w in gate_up]
+        downs = [self._products.pack([w], [None], None, self.quantization) for w in down]
 
         def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
             return reference.mix_by_expert(
@@ -269,11 +282,13 @@ class CpuKernels(ReferenceKernels):
 
         return mix
 
-    def make_embedding(self, weight: Tensor, head: Product | None) -> Lookup:
-        if isinstance(head, self._linear.PackedLinear):
-            packed, dtype = head, weight.dtype
-            return lambda ids: packed.rows(ids, dtype)
-        return super().make_embedding(weight, head)
+    def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
+        return self._look_up(self._products.table_of(weight, head), weight.dtype)
+
+    def _look_up(self, table: Tensor | PackedLinear, dtype: torch.dtype) -> Lookup:
+        if isinstance(table, Tensor):
+            return super().make_embedding(table, None)
+        return lambda ids: table.rows(ids, dtype)
 
 
 def _why_no_triton() -> str | None:
@@ -310,7 +325,7 @@ def select_kernels(
         if current() is not None:
             from tokenmill.engine.cpu_tape import TracingKernels
 
-            return TracingKernels()
+            return TracingKernels(quantization)
     return ReferenceKernels()
 
 

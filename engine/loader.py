@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, gguf_cache, guards
+from tokenmill.engine import attention, gguf, gguf_cache, guards
+from tokenmill.engine.block_weight import BlockWeight
 from tokenmill.engine.checkpoint import Checkpoint, resolve
-from tokenmill.engine.config import DType, EngineConfig
+from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
@@ -62,6 +64,8 @@ class LoadedModel:
     size: ModelSize
     verdict: Verdict
     """Which ways of running it are right."""
+    blocks: dict[str, BlockWeight] = field(default_factory=dict)
+    """Parameters whose values stay in a GGUF file's blocks; in the module zeros stand for them."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -76,24 +80,22 @@ def load(config: EngineConfig, progress: Progress) -> LoadedModel:
 
 
 def _refuse_unsupported(config: EngineConfig) -> None:
-    if config.quantization is not None:
-        raise LoadError(
-            f"{config.source}: quantization {config.quantization} isn't supported yet; leave it out"
-        )
     if config.compile:
         raise LoadError(f"{config.source}: compile isn't supported yet; leave it off")
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> LoadedModel:
     device = pick_device(config.device)
+    _refuse_quantization(config.quantization, checkpoint, device)
     dtype, note = _pick_dtype(config.dtype, checkpoint, device)
-    opened = _open(checkpoint, device, dtype, progress)
+    opened = _open(config.quantization, checkpoint, device, dtype, progress)
     module, text_config = opened.module, opened.module.config.get_text_config(decoder=True)
     max_context = _max_context(config.max_context, text_config)
     pin_rope(module, max_context)
     width = _logits_width(module, text_config)
     parameters = sum(x.numel() for x in module.parameters())
-    fingerprint = fingerprint_of(module, _settings(text_config), config.quantization)
+    held = module.state_dict(keep_vars=True) | {name: x.blocks for name, x in opened.blocks.items()}
+    fingerprint = fingerprint_of(held, _settings(text_config), config.quantization)
     # No batch of ours is padded, but some types look for padding in every forward, waiting for the device.
     # (Past the attribute's own check: strict configs take no None for it.)
     vars(module.config)["pad_token_id"] = None
@@ -107,12 +109,27 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         eos_ids=tuple(x for x in opened.tokenizer.eos_ids if x < width),
         logits_width=width,
         fingerprint=fingerprint,
-        description=_describe(text_config.model_type, parameters, dtype, device, note),
+        description=_describe(text_config.model_type, parameters, dtype, device, note, config.quantization),
         model_type=text_config.model_type,
         parameters=parameters,
-        size=size_of(module, text_config),
+        size=size_of(module, text_config, config.quantization, opened.blocks),
         verdict=opened.verdict,
+        blocks=opened.blocks,
     )
+
+
+def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Say early, before weights are read, what can't be had on this device or of these files."""
+    if wanted == "fp8" and device.type == "cpu":
+        raise LoadError("quantization fp8 needs a GPU; int8 and int4 work on a CPU")
+    if wanted == "gguf" and checkpoint.gguf_file is None:
+        raise LoadError(
+            "quantization gguf keeps the blocks of a .gguf file, and this is none; say int8 or int4"
+        )
+    if wanted == "gguf" and device.type != "cpu":
+        raise LoadError(
+            f"quantization gguf works on a CPU, not on {device}; say int8 or int4, or leave it out"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +139,20 @@ class _Opened:
     module: PreTrainedModel
     tokenizer: TokenizerInfo
     verdict: Verdict
+    blocks: dict[str, BlockWeight] = field(default_factory=dict)
 
 
-def _open(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress) -> _Opened:
+def _open(
+    quantization: Quantization | None,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> _Opened:
     if checkpoint.gguf_file is None:
         return _open_folder(checkpoint, device, dtype, progress)
+    if quantization == "gguf":
+        return _open_blocks(checkpoint.gguf_file, dtype, progress)
     folder = gguf_cache.converted_folder(checkpoint.gguf_file, dtype)
     if folder is None:
         model, tokenizer = gguf_cache.convert(checkpoint.gguf_file, dtype, progress)
@@ -148,6 +174,31 @@ def _open_folder(
     progress("reading the tokenizer", None)
     tokenizer = load_tokenizer_info(checkpoint.folder, full, checkpoint.hub_id)
     return _Opened(_frozen(module), tokenizer, verdict)
+
+
+def _open_blocks(file: Path, dtype: torch.dtype, progress: Progress) -> _Opened:
+    """A GGUF file whose weights stay in its blocks; the module has stand-ins, for the decoder to be read off it."""
+    summary = gguf_cache.read_summary(file)
+    gguf.check_family(summary)
+    with gguf_cache.described(file, progress) as folder:
+        full = read_config(folder)
+        model_class, own = causal_lm_class(full)
+        verdict = guards.check(model_class, own)
+        if verdict.decoder is None:
+            raise LoadError(
+                f"quantization gguf needs the fused decoder, which doesn't run a {own.model_type}; leave it out"
+            )
+        weights = gguf.read_tensors(file, summary, own, dtype)
+        tensors = gguf.stand_ins(weights)
+        cpu = torch.device("cpu")
+        module = read_weights(None, model_class, own, cpu, dtype, progress, tensors=tensors)
+        strange = min(tensors.keys() - module.state_dict().keys(), default=None)
+        if strange is not None:
+            raise LoadError(f"quantization gguf: the file holds {strange}, which a {own.model_type} hasn't")
+        progress("reading the tokenizer", None)
+        tokenizer = load_tokenizer_info(folder, full, "")
+    blocks = {name: weight for name, weight in weights.items() if isinstance(weight, BlockWeight)}
+    return _Opened(_frozen(module), tokenizer, verdict, blocks)
 
 
 def _adopt(model: PreTrainedModel, tokenizer: TokenizerInfo, device: torch.device) -> _Opened:
@@ -232,7 +283,7 @@ def _logits_width(module: PreTrainedModel, text_config: Any) -> int:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else int(text_config.vocab_size)
 
 
-def fingerprint_of(module: nn.Module, *settings: object) -> str:
+def fingerprint_of(tensors: dict[str, Tensor], *settings: object) -> str:
     """A hash of the engine's version, the settings and all tensors: name, type, shape, a sample of values.
 
     Of each tensor `SAMPLES` evenly spread values are read: few pages, and a fine-tune touches nearly all.
@@ -240,7 +291,7 @@ def fingerprint_of(module: nn.Module, *settings: object) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((version("tokenmill"), settings)).encode())
     samples: dict[torch.dtype, list[Tensor]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
         flat = tensor.detach().reshape(-1)
         samples.setdefault(tensor.dtype, []).append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES])
@@ -255,7 +306,15 @@ def _settings(text_config: PreTrainedConfig) -> str:
     return json.dumps({k: fields[k] for k in sorted(fields) if k not in guards.NAMES}, default=str)
 
 
-def _describe(model_type: str, parameters: int, dtype: torch.dtype, device: torch.device, note: str) -> str:
+def _describe(
+    model_type: str,
+    parameters: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: str,
+    quantization: Quantization | None,
+) -> str:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
-    return f"{model_type}, {size} parameters, {name} on {device}"
+    held = "" if quantization is None else f", {quantization} weights"
+    return f"{model_type}, {size} parameters, {name} on {device}{held}"

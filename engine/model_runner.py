@@ -79,8 +79,11 @@ class ModelRunner:
             deterministic=config.deterministic is True,
             quantization=config.quantization,
         )
-        if config.quantization is not None and not self.kernels.quantizes:
-            raise LoadError(f"{config.source}: quantization {config.quantization} needs a GPU; leave it out")
+        if config.quantization is not None and config.quantization not in self.kernels.quantizations:
+            raise LoadError(
+                f"{config.source}: the {self.kernels.name} kernels, which run here, have no quantization "
+                f"{config.quantization}; leave it out"
+            )
         self.phases: dict[str, float] = defaultdict(float)
         self.kernels.reserve(config.max_batch, model.logits_width)
         self.forward: Forward = build_forward(model, config, self.kernels)

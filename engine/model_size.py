@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenmill.engine.block_weight import BlockWeight
+    from tokenmill.engine.config import Quantization
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
@@ -20,18 +23,31 @@ class ModelSize:
     expert_share: float
 
 
-def size_of(module: Any, text_config: object) -> ModelSize:
+BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
+"""Bytes of a rounded weight's element; 4 bits with the scale and minimum of 32."""
+
+
+def size_of(
+    module: Any,
+    text_config: object,
+    quantization: Quantization | None = None,
+    blocks: dict[str, BlockWeight] | None = None,
+) -> ModelSize:
     """The size of a causal LM. An input embedding counts only where it is the output's too: it is looked up."""
-    aside = _input_embedding(module)
+    held = blocks or {}
+    aside, head = _input_embedding(module), module.get_output_embeddings()
     dense = experts = dense_bytes = expert_bytes = 0.0
     for name, weight in module.named_parameters():
         if weight is aside or weight.dim() < 2:
             continue
-        size = weight.numel()
+        size, width = weight.numel(), BYTES.get(str(quantization), weight.element_size())
+        if head is not None and weight is head.weight and quantization in BYTES:
+            width = 1.0 if weight.device.type == "cpu" else weight.element_size()
+        taken = held[name].blocks.numel() if name in held else size * width
         if ".experts." in name:
-            experts, expert_bytes = experts + size, expert_bytes + size * weight.element_size()
+            experts, expert_bytes = experts + size, expert_bytes + taken
         else:
-            dense, dense_bytes = dense + size, dense_bytes + size * weight.element_size()
+            dense, dense_bytes = dense + size, dense_bytes + taken
     return ModelSize(
         dense, dense_bytes, experts, expert_bytes, _expert_share(text_config) if experts else 1.0
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -87,11 +87,23 @@ def _entry(file: Path, name: str, fields: Any) -> tuple[TensorEntry, int, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """One tensor of a GGUF file: the format's name of its type, its shape in torch's order, and where it lies."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFSummary:
     """What a GGUF file holds: the architecture's name; F32, F16, BF16 or `packed` as its weights' type."""
 
     architecture: str
     stored: str
+    tensors: tuple[GGUFTensor, ...]
 
 
 def read_gguf_header(file: Path) -> GGUFSummary:
@@ -102,11 +114,12 @@ def read_gguf_header(file: Path) -> GGUFSummary:
         if magic != b"GGUF":
             raise LoadError(f"{file.name} is no GGUF file: it begins with {magic!r}; fetch it again")
         try:
-            summary, end = _GGUFHeader(stream, size).read()
+            summary = _GGUFHeader(stream, size).read()
         except (ValueError, KeyError, ZeroDivisionError, struct.error) as error:
             raise LoadError(
                 f"{file.name} is a corrupt GGUF file ({first_line(error)}); fetch it again"
             ) from None
+    end = max(tensor.begin + tensor.bytes for tensor in summary.tensors)
     if end > size:
         raise LoadError(
             f"{file.name} is truncated: its tensors end at byte {end}, it has {size}; fetch it again"
@@ -115,10 +128,10 @@ def read_gguf_header(file: Path) -> GGUFSummary:
 
 
 class _GGUFHeader:
-    """A walk over a GGUF header that keeps what tells damage: names, sizes and the end of the data."""
+    """A walk over a GGUF header that keeps the tensors: names, types, sizes and places."""
 
     STRING, ARRAY = 8, 9
-    PLAIN: ClassVar = {0: "F32", 1: "F16", 30: "BF16"}
+    PLAIN = ("BF16", "F16", "F32")
     SCALARS: ClassVar = {
         0: "B",
         1: "b",
@@ -137,9 +150,8 @@ class _GGUFHeader:
         self.stream = stream
         self.size = size
 
-    def read(self) -> tuple[GGUFSummary, int]:
-        """What the header says, and the byte at which the last tensor ends."""
-        from gguf.constants import GGML_QUANT_SIZES
+    def read(self) -> GGUFSummary:
+        """What the header says."""
 
         version, tensors, pairs = self.unpack("IQQ")
         if version not in (2, 3):
@@ -148,23 +160,30 @@ class _GGUFHeader:
         for _ in range(pairs):
             key = self.string()
             metadata[key] = self.value(self.unpack("I")[0])
-        ends = [0]
-        kinds = set()
-        for _ in range(tensors):
-            name = self.string()
-            (dimensions,) = self.unpack("I")
-            *shape, kind, offset = self.unpack(f"{self.bounded(dimensions, 8)}QIQ")
-            if kind not in GGML_QUANT_SIZES:
-                raise ValueError(f"tensor {name:.60} has the unknown type {kind}")
-            elements, width = GGML_QUANT_SIZES[kind]
-            kinds.add(self.PLAIN.get(kind, "packed"))
-            ends.append(offset + math.prod(shape) // elements * width)
         if not tensors:
             raise ValueError("it holds no tensor")
+        table = [self.tensor() for _ in range(tensors)]
         alignment = int(metadata.get("general.alignment", 32))
         data = -(-self.stream.tell() // alignment) * alignment
-        stored = next(name for name in ("packed", "BF16", "F16", "F32") if name in kinds)
-        return GGUFSummary(str(metadata["general.architecture"]), stored), data + max(ends)
+        placed = tuple(replace(tensor, begin=data + tensor.begin) for tensor in table)
+        kinds = {tensor.kind for tensor in table}
+        stored = "packed" if kinds - set(self.PLAIN) else next(x for x in self.PLAIN if x in kinds)
+        return GGUFSummary(str(metadata["general.architecture"]), stored, placed)
+
+    def tensor(self) -> GGUFTensor:
+        """One line of the tensor table; its place counts from where the data begins."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self.string()
+        (dimensions,) = self.unpack("I")
+        *shape, kind, offset = self.unpack(f"{self.bounded(dimensions, 8)}QIQ")
+        if kind not in GGML_QUANT_SIZES:
+            raise ValueError(f"tensor {name:.60} has the unknown type {kind}")
+        elements, width = GGML_QUANT_SIZES[kind]
+        if shape and shape[0] % elements:
+            raise ValueError(f"tensor {name:.60} has rows of {shape[0]}, no whole blocks of {elements}")
+        size = math.prod(shape) // elements * width
+        return GGUFTensor(name, GGMLQuantizationType(kind).name, tuple(reversed(shape)), offset, size)
 
     def bounded(self, count: int, width: int) -> int:
         """`count` things of `width` bytes each, if the file can hold them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokenmill.engine import attention
@@ -25,7 +25,7 @@ DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 def read_weights(
-    folder: Path,
+    folder: Path | None,
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     device: torch.device,
@@ -33,10 +33,11 @@ def read_weights(
     progress: Progress,
     *,
     paged: bool = True,
+    tensors: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """The module in `dtype` with its weights on `device`, all of them from `folder`; raises LoadError.
 
-    `paged`: with our attention, else with the type's own.
+    `paged`: with our attention, else with the type's own. Without a folder the weights are `tensors`.
     """
     attention.register()
     options = {
@@ -48,6 +49,7 @@ def read_weights(
         "local_files_only": True,
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
+        **({} if tensors is None else {"state_dict": tensors}),
     }
     try:
         loaded = _from_pretrained(model_class, folder, options, progress)
@@ -74,7 +76,11 @@ def read_weights(
 
 
 def _from_pretrained(
-    model_class: Any, folder: Path, options: dict[str, Any], progress: Progress, real_ranges: bool = True
+    model_class: Any,
+    folder: Path | None,
+    options: dict[str, Any],
+    progress: Progress,
+    real_ranges: bool = True,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' own loading: the module, and what it found amiss."""
     stage = "loading weights"
@@ -82,7 +88,7 @@ def _from_pretrained(
     try:
         with quiet(stage, progress), _PlainMeta(real_ranges):
             loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-                str(folder), **options
+                None if folder is None else str(folder), **options
             )
             return loaded
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import get_args
 
 import msgspec
 
-from tokenmill.engine.config import DType
+from tokenmill.engine.config import DType, Quantization
 from tokenmill.server.auth import read_keys
 from tokenmill.server.config import BUILT_IN, Config, Entry
 from tokenmill.server.config_file import ConfigError, load_config
@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--dtype", choices=get_args(DType), help="number format of the weights, for all models"
     )
+    serve.add_argument(
+        "--quantization", choices=get_args(Quantization), help="how weights are held, for all models"
+    )
     commands.add_parser("tiny", help="write a small random checkpoint, for tests", add_help=False)
     commands.add_parser("bench", help="measure throughput and latency", add_help=False)
     return parser
@@ -108,7 +111,7 @@ def make_config(options: argparse.Namespace) -> Config:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
             raise StartError(f"--name must be vendor/model_name, not {name!r}")
         config = msgspec.structs.replace(config, models={name: Entry(source=options.model)})
-    given = {"device": options.device, "dtype": options.dtype}
+    given = {"device": options.device, "dtype": options.dtype, "quantization": options.quantization}
     given = {key: value for key, value in given.items() if value is not None}
     models = {name: msgspec.structs.replace(entry, **given) for name, entry in config.models.items()}
     address = {"host": options.host, "port": options.port}

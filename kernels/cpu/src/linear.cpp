@@ -1,12 +1,15 @@
 // y = epilogue(x W^T): one kernel for every number of rows.
 //
 // A task is one pair of packed columns (32 outputs) times one panel of rows; the weight streams through once a
-// panel. Within a task K runs in order: in one go for plain weights; for quantized ones group by group, where
-// the group's integers are unpacked to bfloat16, multiplied, and only the group's sums meet scale and minimum:
+// panel. Within a task K runs in order, so a row's result is the same bits alone and in any batch:
 //
-//   sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
+//   plain weights            in one go
+//   quantized, x bfloat16    piece by piece, each unpacked to what it stands for in bfloat16 and then multiplied as
+//                            a plain weight is, to the same bits
+//   quantized, x float32     group by group: the integers are multiplied, and the group's sums meet its scale:
+//                            sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
 //
-// So a row's result is the same bits alone and in any batch.
+// A row-wide scale (8 bits) meets the whole sum in either case.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -27,6 +30,7 @@ constexpr int kBlock = 32;                // rows that share one pass over a pai
 constexpr int64_t kPanelBytes = 1 << 20;  // of x: what stays in a core's own cache beside the weight
 constexpr int64_t kMaxPanelRows = 512;
 constexpr int64_t kChunk = 8;             // steps of a quantized weight unpacked at a time
+constexpr int64_t kLongChunk = 64;        // the same where many rows come by
 constexpr int64_t kAhead = 2048;          // bytes of it that are asked for in advance
 
 TM_INLINE void set_rows(int rows) {
@@ -87,8 +91,8 @@ TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64
 #if defined(__AMX_BF16__)
   amx_product(x, stride, weight, steps, rows, sums, fresh, between);
 #else
-  (void)between;
   vector_product(x, stride, weight, steps, rows, sums, fresh);
+  for (int64_t k = 0; k < steps; ++k) between(k);
 #endif
 }
 #else
@@ -117,7 +121,7 @@ void plain_task(const Operand<T>& operand, const Packed& w, int64_t pair, int64_
     const int share = static_cast<int>(divide_up(pending.left(), length));
     multiply(operand.x + r * operand.stride, operand.stride, weight, length, rows, pending.sums(), true,
              [&](int64_t step) {
-               ahead.fetch(step);
+               ahead(step);
                pending.finish_rows(share);
              });
     ahead.from += length * ahead.bytes;
@@ -125,11 +129,21 @@ void plain_task(const Operand<T>& operand, const Packed& w, int64_t pair, int64_
   }
 }
 
+// sums [rows][32] *= the scales of a pair's rows.
+void scale_sums(const Packed& w, int64_t pair, int rows, float* sums) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.pair(pair));
+  const F unit = splat(w.unit), left = load_half(scales) * unit, right = load_half(scales + 16) * unit;
+  for (int r = 0; r < rows; ++r, sums += kPair) {
+    store(sums, load(sums) * left);
+    store(sums + 16, load(sums + 16) * right);
+  }
+}
+
 // sums [rows][32] += scale * part + minimum * the row's sum over the group.
 void fold_group(const Packed& w, const uint8_t* group, const float* part, const float* group_sums, int rows,
                 float* sums) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(group);
-  const F left = load_half(scales), right = load_half(scales + 16);
+  const F unit = splat(w.unit), left = load_half(scales) * unit, right = load_half(scales + 16) * unit;
   if (!w.minima) {
     for (int r = 0; r < rows; ++r, part += kPair, sums += kPair) {
       store(sums, fma(load(part), left, load(sums)));
@@ -137,7 +151,7 @@ void fold_group(const Packed& w, const uint8_t* group, const float* part, const 
     }
     return;
   }
-  const F low = load_half(scales + 32), high = load_half(scales + 48);
+  const F low = load_half(scales + 32) * unit, high = load_half(scales + 48) * unit;
   for (int r = 0; r < rows; ++r, part += kPair, sums += kPair) {
     const F whole = splat(group_sums[r]);
     store(sums, fma(low, whole, fma(load(part), left, load(sums))));
@@ -145,7 +159,98 @@ void fold_group(const Packed& w, const uint8_t* group, const float* part, const 
   }
 }
 
-// A quantized pair: group by group, unpack, multiply with all rows, fold.
+#if defined(__AVX512BF16__)
+// What a product does meanwhile: the next piece's steps are unpacked, each beside one of its own.
+template <class Steps>
+struct UnpackNext {
+  const Steps& steps;
+  const uint8_t* pair;
+  int64_t first, last;
+  int64_t step_bytes;
+  bf16* to;
+
+  TM_INLINE void operator()(int64_t k) const {
+    const int64_t step = first + k;
+    if (step >= last) return;
+    for (int64_t i = 0; i < step_bytes; i += 64) __builtin_prefetch(pair + step * step_bytes + kAhead + i, 0, 2);
+    steps.unpack(pair, step, to + k * kStepElements);
+  }
+};
+
+// A quantized pair times bfloat16 rows: piece by piece, each unpacked while the one before is multiplied with all
+// rows. A piece of one block of rows stays in the nearest cache; of many rows it is long, since each piece loads and
+// stores their sums.
+template <class Steps>
+class UnpackedTask {
+ public:
+  UnpackedTask(const Call& call, const Operand<bf16>& operand, int64_t pair, int64_t first, int64_t last)
+      : call_(call), w_(call.weight), operand_(operand), pair_(pair), first_(first), last_(last), unpacker_(w_) {
+    steps_ = w_.padded_in() / kStep;
+    piece_ = std::min(last - first > kBlock ? kLongChunk : kChunk, steps_);
+    unpacked_ = scratch<bf16>(kPanel, 2 * piece_ * kStepElements);
+    sums_ = scratch<float>(kAccumulator, divide_up(last - first, kBlock) * kBlock * kPair);
+  }
+
+  void run() {
+    const UnpackNext<Steps> head = unpack_from(0, 0);
+    for (int64_t k = 0; k < piece_; ++k) head(k);
+    int turn = 0;
+    for (int64_t step = 0; step < steps_; step += piece_, turn ^= 1) {
+      multiply_piece(step, buffer(turn), unpack_from(step + piece_, turn ^ 1));
+    }
+    for (int64_t r = first_; r < last_; r += kBlock) {
+      if (w_.row_wide()) scale_sums(w_, pair_, block_rows(r), sums_at(r));
+      finish(call_, pair_, r, block_rows(r), sums_at(r));
+    }
+  }
+
+ private:
+  int block_rows(int64_t r) const { return static_cast<int>(last_ - r < kBlock ? last_ - r : kBlock); }
+  float* sums_at(int64_t r) const { return sums_ + (r - first_) * kPair; }
+  bf16* buffer(int turn) const { return unpacked_ + turn * piece_ * kStepElements; }
+
+  UnpackNext<Steps> unpack_from(int64_t step, int turn) const {
+    return {unpacker_, w_.pair(pair_), step, std::min(step + piece_, steps_), w_.pair_bytes() / steps_, buffer(turn)};
+  }
+
+  void multiply_piece(int64_t step, const bf16* weight, const UnpackNext<Steps>& next) {
+    const int64_t length = std::min(piece_, steps_ - step);
+    for (int64_t r = first_; r < last_; r += kBlock) {
+      const int rows = block_rows(r);
+      if (rows != shaped_) set_rows(shaped_ = rows);
+      const bf16* x = operand_.x + r * operand_.stride + step * kStep;
+      if (r == first_) {
+        multiply(x, operand_.stride, weight, length, rows, sums_at(r), step == 0, next);
+      } else {
+        multiply(x, operand_.stride, weight, length, rows, sums_at(r), step == 0, [](int64_t) {});
+      }
+    }
+  }
+
+  const Call& call_;
+  const Packed& w_;
+  const Operand<bf16>& operand_;
+  const int64_t pair_, first_, last_;
+  const Steps unpacker_;
+  int64_t steps_;
+  int64_t piece_;
+  int shaped_ = 0;
+  bf16* unpacked_;
+  float* sums_;
+};
+
+void unpacked_task(const Call& call, const Operand<bf16>& operand, int64_t pair, int64_t first, int64_t last) {
+  if (call.weight.row_wide()) {
+    UnpackedTask<ByteSteps>(call, operand, pair, first, last).run();
+  } else if (call.weight.format == kInt4) {
+    UnpackedTask<ValueSteps<kInt4>>(call, operand, pair, first, last).run();
+  } else {
+    UnpackedTask<ValueSteps<kInt8>>(call, operand, pair, first, last).run();
+  }
+}
+#endif
+
+// A quantized pair times float32 rows: group by group, unpack, multiply, fold.
 template <class T>
 class QuantizedTask {
  public:
@@ -206,7 +311,13 @@ template <class T>
 void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const Packed& w = call.weight;
   if (w.quantized()) {
-    for (int64_t pair = begin; pair < end; ++pair) QuantizedTask<T>(call, operand, pair, first, last).run();
+    for (int64_t pair = begin; pair < end; ++pair) {
+      if constexpr (sizeof(T) == 4) {
+        QuantizedTask<T>(call, operand, pair, first, last).run();
+      } else {
+        unpacked_task(call, operand, pair, first, last);
+      }
+    }
   } else {
     Pending pending(call);
     for (int64_t pair = begin; pair < end; ++pair) {

@@ -12,7 +12,7 @@ template <class T>
 struct Operand {
   const T* x;
   int64_t stride;           // between rows, in elements
-  const float* group_sums;  // [groups][rows], each in order over its inputs, where the weight has minima
+  const float* group_sums;  // [groups][rows], each in order over its inputs, where float32 x meets minima
 };
 
 template <class X>
@@ -37,7 +37,7 @@ void copy_row(const X* row, int64_t in, int64_t padded, T* to) {
 // x itself where it serves as it is, else a copy in the calling thread's own scratch.
 template <class T, class X>
 Operand<T> prepare(const X* x, const Packed& w, int64_t rows) {
-  const int64_t padded = w.padded_in(), groups = w.minima ? w.groups() : 0;
+  const int64_t padded = w.padded_in(), groups = w.minima && sizeof(T) == 4 ? w.groups() : 0;
   const bool copy = !std::is_same_v<T, X> || padded != w.in;
   const int64_t copied = copy ? divide_up(rows * padded * static_cast<int64_t>(sizeof(T)), 64) * 64 : 0;
   uint8_t* memory = copied + groups > 0 ? scratch<uint8_t>(kRows, copied + rows * groups * 4) : nullptr;

@@ -51,6 +51,7 @@ struct Packed {
   int64_t steps() const { return divide_up(in, kStep); }
   int64_t groups() const { return divide_up(in, group); }
   bool quantized() const { return format == kInt8 || format == kInt4; }
+  bool row_wide() const { return quantized() && groups() == 1 && !minima; }  // one scale a row
   int depth() const { return group < kStep ? group : kStep; }  // inputs of a quantized step
   int64_t step_bytes() const { return kPair * depth() / (format == kInt4 ? 2 : 1); }
   int64_t scale_bytes() const { return (minima ? 2 : 1) * kPair * 2; }
@@ -96,7 +97,7 @@ struct Ahead {
   const char* from;
   int64_t bytes;
 
-  TM_INLINE void fetch(int64_t step) const {
+  TM_INLINE void operator()(int64_t step) const {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + step * bytes + i, 0, 2);
   }
 };

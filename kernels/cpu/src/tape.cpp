@@ -28,19 +28,22 @@ enum Kind : int32_t {
   kAttend,
   kActivate,   // output = act(input), element by element
   kScaleAdd,   // output = scale * input (+ residual)
+  kJoin,       // output = [input | residual], row by row
+  kGate,       // output = act(gate) * up of rows [gate | up]
 };
 
 // tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, or a weight.
 struct Op {
   int32_t kind;
   int32_t input;     // buffers by number; -1: none
-  int32_t residual;
+  int32_t residual;  // kJoin: the right part
   int32_t output;
   int32_t picked;    // runs on the picked rows, not on all tokens
   int32_t activation;
   float eps;
   float factor;      // kRmsNorm: what is added to the weight; kScaleAdd: the scale
-  int64_t size;      // elements of a row
+  int64_t size;      // elements of a row of output
+  int64_t left;      // kJoin: elements of a row of input
   const void* job;
   const void* bias;
 };
@@ -72,6 +75,13 @@ void scale_add(const T* x, const T* residual, T* out, int64_t count, float scale
   });
 }
 
+void join(const char* left, const char* right, char* out, int64_t rows, int64_t left_bytes, int64_t bytes) {
+  for (int64_t r = 0; r < rows; ++r, out += bytes) {
+    std::memcpy(out, left + r * left_bytes, static_cast<size_t>(left_bytes));
+    std::memcpy(out + left_bytes, right + r * (bytes - left_bytes), static_cast<size_t>(bytes - left_bytes));
+  }
+}
+
 }  // namespace
 }  // namespace tokenmill
 
@@ -82,6 +92,7 @@ TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int
 TM_API void tm_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, float, int);
 TM_API void tm_rope_store(const tokenmill::Rope*);
 TM_API void tm_attention(const tokenmill::Attention*);
+TM_API void tm_activation_mul(const void*, void*, int64_t, int64_t, int, int);
 TM_API void tm_activate(const void*, void*, int64_t, int, int);
 
 namespace tokenmill {
@@ -135,6 +146,11 @@ void run(const Op& op, const Step& step) {
       return attend(op, step, in, out);
     case kActivate:
       return tm_activate(in, out, rows * op.size, op.activation, step.type);
+    case kJoin:
+      return join(static_cast<const char*>(in), static_cast<const char*>(residual), static_cast<char*>(out), rows,
+                  op.left * element, op.size * element);
+    case kGate:
+      return tm_activation_mul(in, out, rows, op.size, op.activation, step.type);
     case kScaleAdd:
       return with_type(step.type, [&](auto t) {
         using T = decltype(t);

@@ -1,4 +1,4 @@
-// Quantized steps to bfloat16 tiles: integers only, exact; scales are applied to the sums (linear.cpp).
+// Quantized steps to bfloat16 tiles: as integers, exact, or as the weight's values, rounded to bfloat16.
 #pragma once
 
 #include "packed.h"
@@ -86,5 +86,105 @@ class Unpacker {
   const Packed& weight_;
   alignas(64) bf16 nibble_[32];  // the sixteen values, twice
 };
+
+#if defined(__AVX512BF16__)
+// A step at a time to what it stands for: bfloat16 of unit * (scale * q + minimum). Groups are powers of two.
+template <Format kFormat>
+class ValueSteps {
+ public:
+  explicit ValueSteps(const Packed& weight)
+      : w_(weight), shift_(__builtin_ctzll(static_cast<uint64_t>(weight.group))), unit_(_mm512_set1_ps(weight.unit)) {
+    alignas(64) float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - weight.zero_point);
+    nibble_ = _mm512_load_ps(values);
+  }
+
+  TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) const {
+    const int64_t k = step * kStep, group_bytes = w_.group_bytes();
+    const uint8_t* group = pair + (k >> shift_) * group_bytes;
+    const uint8_t* integers = group + w_.scale_bytes();
+    if (w_.group >= kStep) {
+      return tiles<16>(group, integers + (step & (w_.group / kStep - 1)) * w_.step_bytes(), to);
+    }
+    tiles<8>(group, integers, to);
+    tiles<8>(group + group_bytes, integers + group_bytes, to + 8 * 32);
+  }
+
+ private:
+  // Of a tile's outputs 0..7 and 8..15, each twice: once for each of the two inputs of a line.
+  struct Scales {
+    __m512 scale[2], minimum[2];
+  };
+
+  TM_INLINE Scales scales_of(const uint8_t* group, int tile) const {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(group) + tile * 16;
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 scale = _mm512_mul_ps((__m512)load_half(halves).part[0], unit_);
+    __m512 minimum = _mm512_setzero_ps();
+    if (w_.minima) minimum = _mm512_mul_ps((__m512)load_half(halves + kPair).part[0], unit_);
+    return {{_mm512_permutexvar_ps(low, scale), _mm512_permutexvar_ps(high, scale)},
+            {_mm512_permutexvar_ps(low, minimum), _mm512_permutexvar_ps(high, minimum)}};
+  }
+
+  // `kLines` lines of both tiles.
+  template <int kLines>
+  TM_INLINE void tiles(const uint8_t* group, const uint8_t* from, bf16* to) const {
+    for (int tile = 0; tile < 2; ++tile, to += kTileElements) {
+      const Scales s = scales_of(group, tile);
+      if (kFormat == kInt4) {
+#pragma GCC unroll 8
+        for (int line = 0; line < kLines; line += 2, from += 32) two_lines_of_nibbles(from, s, to + line * 32);
+      } else {
+#pragma GCC unroll 8
+        for (int line = 0; line < kLines; ++line, from += 32) line_of_bytes(from, s, to + line * 32);
+      }
+    }
+  }
+
+  // Each byte holds one place of two neighbouring lines; the permutation looks at the lowest four bits only.
+  TM_INLINE void two_lines_of_nibbles(const uint8_t* from, const Scales& s, bf16* to) const {
+    __m512 first[2], second[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * h)));
+      first[h] = _mm512_fmadd_ps(_mm512_permutexvar_ps(both, nibble_), s.scale[h], s.minimum[h]);
+      second[h] = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), nibble_), s.scale[h], s.minimum[h]);
+    }
+    put_line(first, to);
+    put_line(second, to + 32);
+  }
+
+  TM_INLINE static void line_of_bytes(const uint8_t* from, const Scales& s, bf16* to) {
+    __m512 values[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m512 q = (__m512)to_float(load(reinterpret_cast<const int8_t*>(from) + 16 * h)).part[0];
+      values[h] = _mm512_fmadd_ps(q, s.scale[h], s.minimum[h]);
+    }
+    put_line(values, to);
+  }
+
+  TM_INLINE static void put_line(const __m512 (&values)[2], bf16* line) {
+    _mm512_storeu_si512(line, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+  }
+
+  const Packed& w_;
+  const int shift_;
+  const __m512 unit_;
+  __m512 nibble_;
+};
+
+// A step at a time as integers, of a weight of 8 bits with one scale a row.
+class ByteSteps {
+ public:
+  explicit ByteSteps(const Packed& weight) : w_(weight) {}
+
+  TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) const {
+    unpack_bytes(pair + w_.scale_bytes() + step * kStepElements, kStepElements, to);
+  }
+
+ private:
+  const Packed& w_;
+};
+#endif
 
 }  // namespace tokenmill

@@ -1,0 +1,175 @@
+"""A GGUF file's tensors under the names of a transformers checkpoint, quantized ones still in their blocks.
+
+    blk.0.attn_q.weight  Q4_1  ──▶  model.layers.0.self_attn.q_proj.weight  BlockWeight (the mapped file)
+    output_norm.weight   F32   ──▶  model.norm.weight                       Tensor
+
+Families of which llama.cpp's converter changed no more than names, the order of rows and norms' offsets. The
+module is built around weights that take no memory (`stand_ins`); the decoder's description of it then gets the
+blocks in their place (`put_blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenmill.engine.block_weight import BlockWeight, Weight
+from tokenmill.engine.decoder_spec import DecoderSpec, replace_tensors
+from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.weight_files import GGUFSummary, GGUFTensor
+from tokenmill.kernels.cpu.quantized import BLOCKS
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+IN_CONFIG = {"rope_freqs.weight"}
+"""Tensors that became part of the config (gguf_cache.py)."""
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How the tensors of an architecture differ from a checkpoint's."""
+
+    names: Mapping[str, str]
+    """What is called otherwise than in `NAMES`."""
+    turned: bool = False
+    """Rows of q and k lie in the order of a RoPE that turns neighbouring pairs, not halves of a head."""
+    norm_offset: float = 0.0
+    """What the converter added to norms' weights."""
+
+
+FAMILIES = {
+    "llama": Family({}, turned=True),
+    "qwen2": Family({}),
+    "qwen3": Family({}),
+    "phi3": Family({"ffn_up": "mlp.gate_up_proj"}),
+    "starcoder2": Family({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+    "gemma2": Family(SANDWICH, norm_offset=1.0),
+    "gemma3": Family(SANDWICH, norm_offset=1.0),
+}
+"""By `general.architecture`. llama also is mistral."""
+
+
+def check_family(summary: GGUFSummary) -> Family:
+    """The file's family; raises LoadError where its blocks can't be kept."""
+    family = FAMILIES.get(summary.architecture)
+    if family is None:
+        raise LoadError(
+            f"quantization gguf doesn't know the architecture {summary.architecture} "
+            f"(it knows {', '.join(FAMILIES)}); leave it out, or say int8 or int4"
+        )
+    strange = next((x for x in summary.tensors if x.kind not in PLAIN and x.kind not in BLOCKS), None)
+    if strange is not None:
+        raise LoadError(
+            f"quantization gguf: {strange.name} is in {strange.kind} blocks, which no product here reads "
+            f"(they read {', '.join(BLOCKS)}); leave it out, or say int8 or int4"
+        )
+    return family
+
+
+def read_tensors(file: Path, summary: GGUFSummary, config: Any, dtype: torch.dtype) -> dict[str, Weight]:
+    """The file's tensors by the names of a checkpoint of `config`, values in `dtype`; raises LoadError.
+
+    Blocks are views of the mapped file, but for rows that had to change places.
+    """
+    family = check_family(summary)
+    # Copy on write: what torch would take for a writable tensor must not be able to change the file.
+    mapped = torch.from_numpy(np.memmap(file, mode="c", dtype=np.uint8))
+    found: dict[str, Weight] = {}
+    for tensor in summary.tensors:
+        if tensor.name in IN_CONFIG:
+            continue
+        weight = _read(mapped, tensor, dtype, family)
+        if family.turned and (heads := _turned_heads(tensor.name, config)):
+            weight = _turn_back(weight, heads)
+        found[checkpoint_name(tensor.name, family)] = weight
+    return found
+
+
+def read_values(file: Path, summary: GGUFSummary, name: str) -> Tensor | None:
+    """A plain tensor of the file in float32, None where there is none of this name."""
+    tensor = next((x for x in summary.tensors if x.name == name and x.kind in PLAIN), None)
+    if tensor is None:
+        return None
+    data = torch.from_numpy(np.fromfile(file, np.uint8, tensor.bytes, offset=tensor.begin))
+    return data.view(PLAIN[tensor.kind]).view(tensor.shape).float()
+
+
+def checkpoint_name(name: str, family: Family) -> str:
+    """A tensor's name in a transformers checkpoint; raises LoadError for one that has none."""
+    parts = name.split(".")
+    layer = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
+    stem, suffix = parts[-2:] if len(parts) > 1 else ("", name)
+    known = {**NAMES, **family.names}
+    if stem not in known or suffix not in ("weight", "bias") or len(parts) != (4 if layer else 2):
+        raise LoadError(
+            f"quantization gguf: the file holds {name:.60}, which isn't understood; leave quantization out"
+        )
+    return f"{layer}{known[stem]}.{suffix}"
+
+
+def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family) -> Weight:
+    data = mapped[tensor.begin : tensor.begin + tensor.bytes]
+    if tensor.kind not in PLAIN:
+        return BlockWeight(data.view(tensor.shape[0], -1), tensor.kind, dtype)
+    values = data.view(PLAIN[tensor.kind]).view(tensor.shape)
+    if tensor.name.endswith("norm.weight") and family.norm_offset:
+        values = values.float() - family.norm_offset
+    return values.to(dtype)
+
+
+def _turned_heads(name: str, config: Any) -> int:
+    """How many heads' rows a query or key tensor holds; 0 for other tensors."""
+    if ".attn_q." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".attn_k." in name else 0
+
+
+def _turn_back(weight: Weight, heads: int) -> Weight:
+    """Rows (first, second, first, …) of each head as (first …, second …), the way that transformers pairs them."""
+    rows = torch.arange(weight.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    if isinstance(weight, BlockWeight):
+        return BlockWeight(weight.blocks[rows], weight.kind, weight.dtype)
+    return weight[rows]
+
+
+def stand_ins(weights: dict[str, Weight]) -> dict[str, Tensor]:
+    """Tensors of the weights' shapes; those in blocks become zeros that take no memory."""
+    return {
+        name: weight
+        if isinstance(weight, Tensor)
+        else torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        for name, weight in weights.items()
+    }
+
+
+def put_blocks(spec: DecoderSpec, module: nn.Module, blocks: dict[str, BlockWeight]) -> None:
+    """Put each weight that stays in blocks where `spec` has the parameter of `module` that stands for it."""
+    held = {id(parameter): blocks[name] for name, parameter in module.named_parameters() if name in blocks}
+    replace_tensors(spec, lambda tensor: held.get(id(tensor), tensor))

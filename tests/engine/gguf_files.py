@@ -1,0 +1,161 @@
+"""GGUF files of tiny checkpoints, as llama.cpp's converter would write them, for tests."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import tiny
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, quantize
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig
+
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
+    "starcoder2": "starcoder2", "gemma2": "gemma2", "gemma3_text": "gemma3"
+}  # fmt: skip
+"""A checkpoint's model_type → what llama.cpp calls it."""
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+Q4_1 = ".*(proj|c_fc).weight"
+
+
+def gguf_of(
+    model_type: str,
+    file: Path,
+    kinds: dict[str, str] | None = None,
+    extra: dict[str, Tensor] | None = None,
+    folder: Path | None = None,
+    **overrides: Any,
+) -> Path:
+    """The tiny checkpoint of `model_type`, or that in `folder`, as a GGUF file.
+
+    `kinds`: block types by patterns of checkpoint names, the first that matches counts; F32 where none does.
+    `extra`: tensors to add as they are.
+    """
+    folder = folder or tiny(model_type, **overrides)
+    config = json.loads((folder / "config.json").read_text())
+    architecture = ARCHITECTURES[model_type]
+    writer = GGUFWriter(str(file), architecture)
+    _write_config(writer, config, architecture)
+    _write_tokenizer(writer, folder)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        values = _as_llama_cpp(name, weight.float(), config, architecture).contiguous().numpy()
+        kind = next((kind for pattern, kind in (kinds or {}).items() if re.fullmatch(pattern, name)), None)
+        _add(writer, _gguf_name(name, architecture), values, kind)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def unpacked_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The file in transformers' own code with eager attention, its blocks unpacked by transformers' reader."""
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        attn_implementation="eager",
+        dtype=dtype,
+    )
+    return model.eval()
+
+
+def _add(writer: GGUFWriter, name: str, values: Any, kind: str | None) -> None:
+    if kind is None:
+        writer.add_tensor(name, values)
+        return
+    number = GGMLQuantizationType[kind]
+    if kind.endswith("_K"):  # gguf's Python writes none of these: random blocks of a matrix's size
+        writer.add_tensor(name, _random_blocks(values.shape, kind), raw_dtype=number)
+    else:
+        writer.add_tensor(name, quantize(values, number), raw_dtype=number)
+
+
+def _random_blocks(shape: tuple[int, int], kind: str) -> Any:
+    elements, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    generator = np.random.default_rng(shape[0])
+    blocks = generator.integers(0, 256, (shape[0], -(-shape[1] // elements), width), dtype=np.uint8)
+    factors = generator.uniform(1e-4, 2e-4, blocks.shape[:2]).astype(np.float16)
+    for at in (208,) if kind == "Q6_K" else (0, 2):
+        blocks[:, :, at : at + 2] = factors[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str) -> None:
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
+    if architecture == "starcoder2":
+        writer.add_layer_norm_eps(config["norm_epsilon"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(
+        rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"]
+    )
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _write_tokenizer(writer: GGUFWriter, folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda x: x[1])
+    special = {x["content"] for x in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types(
+        [TokenType.CONTROL if token in special else TokenType.NORMAL for token, _ in vocabulary]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+
+
+def _gguf_name(name: str, architecture: str) -> str:
+    names = {**NAMES, **(GEMMA if architecture.startswith("gemma") else {})}
+    stem, suffix = name.rsplit(".", 1)
+    layer = re.match(r"model\.layers\.(\d+)\.", stem)
+    known = names[stem[layer.end() :] if layer else stem]
+    return f"blk.{layer[1]}.{known}.{suffix}" if layer else f"{known}.{suffix}"
+
+
+def _as_llama_cpp(name: str, weight: Tensor, config: dict[str, Any], architecture: str) -> Tensor:
+    """llama.cpp turns neighbouring pairs of a head, transformers its halves; and its norms hold what they scale by."""
+    if architecture.startswith("gemma") and "norm" in name:
+        return weight + 1
+    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+        half = weight.shape[0] // heads // 2
+        return weight.reshape(heads, 2, half, -1).transpose(1, 2).reshape(weight.shape)
+    return weight

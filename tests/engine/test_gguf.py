@@ -1,0 +1,179 @@
+"""Weights that stay in a GGUF file's blocks, against transformers' reader, which unpacks them (float32)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import eager_model
+from gguf_files import ARCHITECTURES, Q4_1, gguf_of, unpacked_model
+
+from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.tiny import make_tiny
+from tokenmill.engine.weight_files import read_gguf_header
+from tokenmill.kernels.cpu import library
+
+PROMPTS = [[7, 3, 250, 99, 101, 14, 15, 16, 200, 201], list(range(20, 65)), [9]]
+AS_PUBLISHED = {"qwen3": {"head_dim": 128}, "gemma2": {"tie_word_embeddings": True}}
+"""What transformers' reader takes for granted, since every published model of the type has it."""
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.current()  # the kernels' own cache stays what it is
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+
+
+def packed(file: Path) -> LLM:
+    return LLM(str(file), quantization="gguf", dtype="float32", max_context=128, num_blocks=100)
+
+
+def check_greedy(llm: LLM, model: torch.nn.Module, tolerance: float = 2e-5) -> None:
+    """Tokens and log-probabilities of greedy texts are the model's."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
+        choice = output.choices[0]
+        ids = prompt + choice.token_ids
+        with torch.inference_mode():
+            rows = model(torch.tensor([ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert choice.token_ids == rows.argmax(-1).tolist()
+        exact = rows.log_softmax(-1)[range(len(choice.token_ids)), choice.token_ids]
+        assert choice.logprobs == pytest.approx(exact.tolist(), abs=tolerance)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_equals_what_transformers_unpacks(model_type: str, tmp_path: Path) -> None:
+    kinds = {EMBEDDING: "Q8_0", "lm_head.weight": "Q5_0", Q4_1: "Q4_1"}
+    file = gguf_of(model_type, tmp_path / "model.gguf", kinds, **AS_PUBLISHED.get(model_type, {}))
+    llm = packed(file)
+    assert llm.engine.runner.forward.name == "fused decoder, cpu kernels"
+    check_greedy(llm, unpacked_model(file))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_block_types(kind: str, tied: bool, tmp_path: Path) -> None:
+    file = gguf_of(
+        "llama", tmp_path / "model.gguf", {".*(proj|lm_head|tokens).weight": kind}, tie_word_embeddings=tied
+    )
+    check_greedy(packed(file), unpacked_model(file))
+
+
+def test_siblings_of_different_types(tmp_path: Path) -> None:
+    """As in Q4_K_M files: values and down in more bits than the rest."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    kinds = {
+        EMBEDDING: "Q6_K",
+        "lm_head.weight": "Q6_K",
+        ".*(v_proj|down_proj).weight": "Q6_K",
+        ".*layers.0.*up_proj.weight": "Q5_K",
+        ".*layers.1.*k_proj.weight": "Q8_0",
+        ".*proj.weight": "Q4_K",
+    }
+    file = gguf_of("llama", tmp_path / "model.gguf", kinds, **sizes)
+    llm = packed(file)
+    assert type(llm.engine.runner.forward._logits).__name__ == "TapedDecoder"
+    check_greedy(llm, unpacked_model(file), tolerance=2e-2)  # group scales are rounded to half precision
+
+
+def test_plain_tensors_stay_plain(tmp_path: Path) -> None:
+    """A file of whose layers some are in blocks and some aren't."""
+    kinds = {".*layers.0.*(q_proj|gate_proj|down_proj).weight": "Q8_0"}
+    file = gguf_of("llama", tmp_path / "model.gguf", kinds)
+    check_greedy(packed(file), unpacked_model(file))
+
+
+@pytest.mark.parametrize("quantization", [None, "gguf"])
+def test_stretched_rope_of_llama_3(quantization: str | None, tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    folder = make_tiny("llama", tmp_path / "llama", rope_parameters=rope)
+    model = eager_model(folder)
+    plain = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)
+    divisors = plain / model.model.rotary_emb.inv_freq
+    assert divisors.max() == pytest.approx(4.0)
+    file = gguf_of("llama", tmp_path / "model.gguf", extra={"rope_freqs.weight": divisors}, folder=folder)
+    llm = LLM(str(file), quantization=quantization, dtype="float32", max_context=128, num_blocks=100)
+    check_greedy(llm, model)
+
+
+def test_a_start_reads_no_more_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are never converted, and the second start converts nothing."""
+    file = gguf_of("llama", tmp_path / "model.gguf", {Q4_1: "Q4_1"})
+    monkeypatch.setattr("tokenmill.engine.gguf_cache.convert", None)
+    first = packed(file).engine.model
+    monkeypatch.setattr("tokenmill.engine.gguf_cache._describe", None)
+    second = packed(file).engine.model
+    assert first.fingerprint == second.fingerprint
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
+    assert first.tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert first.eos_ids == (2,)
+
+
+def test_the_fingerprint_tells_blocks_apart(tmp_path: Path) -> None:
+    file = gguf_of("llama", tmp_path / "model.gguf", {Q4_1: "Q4_1"})
+    before = packed(file).engine.model.fingerprint
+    unpacked = LLM(str(file), dtype="float32", max_context=128, num_blocks=100).engine.model.fingerprint
+    tensor = next(x for x in read_gguf_header(file).tensors if x.name == "blk.1.ffn_down.weight")
+    data = bytearray(file.read_bytes())
+    data[tensor.begin] ^= 1  # among the values that a fingerprint samples
+    file.write_bytes(data)
+    assert len({before, unpacked, packed(file).engine.model.fingerprint}) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = gguf_of("llama", tmp_path / "model.gguf", {Q4_1: "Q4_1"})
+    (tmp_path / "plain").touch()
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "plain" / "cache"))
+    with caplog.at_level(logging.WARNING):
+        check_greedy(packed(file), unpacked_model(file))
+    assert any("can't be written" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kinds": {EMBEDDING: "Q2_K"}}, "token_embd.weight is in Q2_K blocks, which no product here reads"),
+        (
+            {"extra": {"blk.0.attn_rot.weight": torch.zeros(4)}},
+            "blk.0.attn_rot.weight, which isn't understood",
+        ),
+        ({"extra": {"mystery": torch.zeros(4)}}, "mystery, which isn't understood"),
+        (
+            {"extra": {"blk.7.attn_norm.weight": torch.zeros(64)}},
+            "model.layers.7.input_layernorm.weight, which a llama hasn't",
+        ),
+    ],
+)
+def test_refusals(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=words) as caught:
+        packed(gguf_of(**{"model_type": "llama", "file": tmp_path / "model.gguf", **change}))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_cannot_be_kept_packed_is_refused(tmp_path: Path) -> None:
+    file = gguf_of("llama", tmp_path / "model.gguf", {Q4_1: "Q4_1"})
+    file.write_bytes(file.read_bytes().replace(b"llama", b"bloom"))
+    with pytest.raises(LoadError, match="doesn't know the architecture bloom"):
+        packed(file)
+
+
+@pytest.mark.parametrize("quantization", [None, "gguf"])
+def test_no_file_stays_mapped(quantization: str | None, tmp_path: Path) -> None:
+    """Once packed, weights are held once: the pages of the file they came from would count as memory, too."""
+    file = gguf_of("qwen2", tmp_path / "model.gguf", {Q4_1: "Q4_1"}, tie_word_embeddings=True)
+    llm = LLM(str(file), quantization=quantization, dtype="float32", max_context=64, num_blocks=20)
+    assert llm.engine.runner.forward.name == "fused decoder, cpu kernels"
+    gc.collect()  # modules of transformers refer to each other in circles
+    maps = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert [name for name in maps if name.endswith((".gguf", ".safetensors"))] == []
