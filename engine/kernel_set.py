@@ -213,7 +213,7 @@ class CpuKernels(ReferenceKernels):
         from tokenmill.kernels.cpu import attention, elementwise, sampling
 
         self.quantization = quantization
-        self._attention, self._products = attention, cpu_products
+        self._attention, self._sampling, self._products = attention, sampling, cpu_products
         for module in (elementwise, sampling):
             for function in (
                 "rope_store",
