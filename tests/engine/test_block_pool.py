@@ -76,9 +76,8 @@ def test_history_bounds_what_is_kept_before_new_blocks_are_taken() -> None:
         pool.check_integrity()
     assert [len(pool.match(prompt).blocks) for prompt in prompts] == [0, 0, 0, 0, 1, 1]
     held = pool.allocate(10)
-    assert held is not None and sorted(held) == list(range(1, 11)), (
-        "all blocks are to be had when they are needed"
-    )
+    assert held is not None
+    assert sorted(held) == list(range(1, 11)), "all blocks are to be had when they are needed"
     pool.release(held)
     pool.check_integrity()
 
