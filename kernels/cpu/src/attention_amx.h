@@ -180,11 +180,11 @@ class AmxTiles {
       best[0] = max(load(scores + i * kLanes), best[0]);
       best[1] = max(load(scores + (i + 1) * kLanes), best[1]);
     }
-    const float maximum = reduce_max(max(best[0], best[1])) * factor_;
+    const F largest = max(best[0], best[1]);
     const float before = state.maxima()[slot];
     float base = before;
-    if (maximum > before + kSlack) {
-      base = state.maxima()[slot] = maximum;
+    if (mask_bits(largest * splat(factor_) > splat(before + kSlack)) != 0) {
+      const float maximum = base = state.maxima()[slot] = reduce_max(largest) * factor_;
       if (before != kMinusInfinity) {
         alignas(64) float factor[kLanes];
         store(factor, weight(splat(before - maximum)));

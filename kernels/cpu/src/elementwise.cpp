@@ -14,23 +14,25 @@ int64_t grain(int64_t row_elements) {
   return rows < 1 ? 1 : rows;
 }
 
+// `read(i, n)`: elements i and after, n of which exist.
 template <class Read>
 float inverse_rms(int64_t size, float eps, const Read& read) {
-  F sum = {};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    F x = read(i);
-    sum = fma(x, x, sum);
-  }
-  return 1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(size) + eps);
+  F sum[2] = {};  // apart, so that they don't wait for each other
+  for_lanes(size, [&](int64_t i, int64_t n) {
+    const F x = read(i, n);
+    F& mine = sum[i / kLanes % 2];
+    mine = fma(x, x, mine);
+  });
+  return 1.0f / std::sqrt(reduce_add(sum[0] + sum[1]) / static_cast<float>(size) + eps);
 }
 
 // normed = x * inverse * (offset + weight), over `size` elements.
 template <class T, class W, class X>
 void scale_row(const X* x, const W* weight, float inverse, float offset, int64_t size, T* normed) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    F factor = splat(offset) + load_up_to(weight + i, size - i);
-    store_up_to(normed + i, load_up_to(x + i, size - i) * splat(inverse) * factor, size - i);
-  }
+  for_lanes(size, [&](int64_t i, int64_t n) {
+    const F factor = splat(offset) + load_up_to(weight + i, n);
+    store_up_to(normed + i, load_up_to(x + i, n) * splat(inverse) * factor, n);
+  });
 }
 
 template <class T>
@@ -41,13 +43,12 @@ void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed
       const T* row = x + r * size;
       if (residual) {
         T* total = sum + r * size;
-        for (int64_t i = 0; i < size; i += kLanes) {
-          F both = load_up_to(residual + r * size + i, size - i) + load_up_to(row + i, size - i);
-          store_up_to(total + i, both, size - i);
-        }
+        for_lanes(size, [&](int64_t i, int64_t n) {
+          store_up_to(total + i, load_up_to(residual + r * size + i, n) + load_up_to(row + i, n), n);
+        });
         row = total;
       }
-      const float inverse = inverse_rms(size, eps, [&](int64_t i) { return load_up_to(row + i, size - i); });
+      const float inverse = inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(row + i, n); });
       scale_row(row, weight, inverse, offset, size, normed + r * size);
     }
   });
@@ -64,7 +65,7 @@ void layer_norm_rows(const T* x, const T* weight, const T* bias, T* normed, int6
       for (int64_t i = 0; i < size; i += kLanes) {
         store_up_to(centred + i, load_up_to(x + r * size + i, size - i) - mean, size - i);
       }
-      const F inverse = splat(inverse_rms(size, eps, [&](int64_t i) { return load_up_to(centred + i, size - i); }));
+      const F inverse = splat(inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(centred + i, n); }));
       for (int64_t i = 0; i < size; i += kLanes) {
         F value = load_up_to(centred + i, size - i) * inverse * load_up_to(weight + i, size - i);
         if (bias) value = value + load_up_to(bias + i, size - i);
@@ -92,23 +93,35 @@ void rotate_neighbours(float* x, const float* cos, const float* sin, int64_t hal
   }
 }
 
+// One head whose halves are whole vectors: no copy in between. The operations of `rotate_halves`.
+template <class T>
+void turn_whole(const T* from, const float* cos, const float* sin, int64_t half, int64_t size, T* to) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const F a = load(from + i), b = load(from + half + i), c = load(cos + i), s = load(sin + i);
+    store(to + i, fma(a, c, -(b * s)));
+    store(to + half + i, fma(b, c, a * s));
+  }
+  if (size > 2 * half) std::memcpy(to + 2 * half, from + 2 * half, static_cast<size_t>(size - 2 * half) * sizeof(T));
+}
+
 // One head: widen, norm, turn, round once.
 template <class T>
 void turn_head(const Rope& job, int64_t token, const T* from, const void* norm, T* to) {
-  float* x = scratch<float>(kRows, job.size + kLanes);
-  for (int64_t i = 0; i < job.size; i += kLanes) store(x + i, load_up_to(from + i, job.size - i));
-  if (norm) {
-    const float inverse = inverse_rms(job.size, job.eps, [&](int64_t i) { return load_up_to(x + i, job.size - i); });
-    scale_row(x, static_cast<const T*>(norm), inverse, job.offset, job.size, x);
-  }
   const int64_t angle = (job.positions ? job.positions[token] : token) * job.half;
   const float *cos = job.cos + angle, *sin = job.sin + angle;
+  if (!norm && !job.interleaved && job.half % kLanes == 0) return turn_whole(from, cos, sin, job.half, job.size, to);
+  float* x = scratch<float>(kRows, job.size + kLanes);
+  for_lanes(job.size, [&](int64_t i, int64_t n) { store(x + i, load_up_to(from + i, n)); });
+  if (norm) {
+    const float inverse = inverse_rms(job.size, job.eps, [&](int64_t i, int64_t n) { return load_up_to(x + i, n); });
+    scale_row(x, static_cast<const T*>(norm), inverse, job.offset, job.size, x);
+  }
   if (job.interleaved) {
     rotate_neighbours(x, cos, sin, job.half);
   } else {
     rotate_halves(x, cos, sin, job.half);
   }
-  for (int64_t i = 0; i < job.size; i += kLanes) store_up_to(to + i, load_up_to(x + i, job.size - i), job.size - i);
+  for_lanes(job.size, [&](int64_t i, int64_t n) { store_up_to(to + i, load_up_to(x + i, n), n); });
 }
 
 // Puts a token's key and value of one head into the paged cache.

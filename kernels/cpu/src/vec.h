@@ -280,6 +280,14 @@ TM_INLINE void store_up_to(T* to, F a, int64_t n) {
   }
 }
 
+// body(i, n) for each vector of `size` elements, at i; n of its lanes exist. Whole vectors are told by a constant.
+template <class Body>
+TM_INLINE void for_lanes(int64_t size, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, static_cast<int64_t>(kLanes));
+  if (i < size) body(i, size - i);
+}
+
 TM_INLINE float to_float(float x) { return x; }
 
 TM_INLINE float to_float(bf16 x) {

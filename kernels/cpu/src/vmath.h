@@ -53,7 +53,17 @@ TM_INLINE F log1p(F x) {
   return log(whole) + (x - (whole - splat(1.0f))) / whole;
 }
 
-TM_INLINE F sigmoid(F x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+// 1 / x to 2^-23 for normal numbers: an estimate of 14 bits and one step of Newton's, a third of a division's time.
+TM_INLINE F reciprocal(F x) {
+#if defined(__AVX512F__)
+  const F y = {{(NativeF)_mm512_rcp14_ps((__m512)x.part[0])}};
+  return fma(y, fma(-x, y, splat(1.0f)), y);
+#else
+  return splat(1.0f) / x;
+#endif
+}
+
+TM_INLINE F sigmoid(F x) { return reciprocal(splat(1.0f) + exp(-x)); }
 
 // Lambert's continued fraction near zero, where the formula over exp would cancel.
 TM_INLINE F tanh(F x) {
