@@ -20,6 +20,7 @@
 #include "operand.h"
 #include "packed.h"
 #include "product.h"
+#include "single_row.h"
 #include "threads.h"
 #include "unpack.h"
 
@@ -239,13 +240,37 @@ class UnpackedTask {
   float* sums_;
 };
 
-void unpacked_task(const Call& call, const Operand<bf16>& operand, int64_t pair, int64_t first, int64_t last) {
-  if (call.weight.row_wide()) {
-    UnpackedTask<ByteSteps>(call, operand, pair, first, last).run();
-  } else if (call.weight.format == kInt4) {
-    UnpackedTask<ValueSteps<kInt4>>(call, operand, pair, first, last).run();
-  } else {
-    UnpackedTask<ValueSteps<kInt8>>(call, operand, pair, first, last).run();
+#if defined(__AMX_BF16__)
+// The pairs [begin, end) of a weight with one scale a row times one row.
+void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t begin, int64_t end, int64_t row) {
+  const Packed& w = call.weight;
+  const ByteSteps steps(w);
+  const int64_t inputs = w.padded_in(), count = inputs / kStep;
+  float* x = scratch<float>(kPanel, inputs);
+  for (int64_t k = 0; k < inputs; k += kLanes) store(x + k, load(operand.x + row * operand.stride + k));
+  alignas(64) float sums[kPair];
+  for (int64_t pair = begin; pair < end; ++pair) {
+    single_row(steps, w.pair(pair), count, w.pair_bytes() / count, kAhead, x, sums);
+    scale_sums(w, pair, 1, sums);
+    finish(call, pair, row, 1, sums);
+  }
+}
+#endif
+
+// The pairs [begin, end) of a quantized weight times rows [first, last).
+void unpacked_task(const Call& call, const Operand<bf16>& operand, int64_t begin, int64_t end, int64_t first,
+                   int64_t last) {
+#if defined(__AMX_BF16__)
+  if (call.weight.row_wide() && last - first == 1) return single_row_task(call, operand, begin, end, first);
+#endif
+  for (int64_t pair = begin; pair < end; ++pair) {
+    if (call.weight.row_wide()) {
+      UnpackedTask<ByteSteps>(call, operand, pair, first, last).run();
+    } else if (call.weight.format == kInt4) {
+      UnpackedTask<ValueSteps<kInt4>>(call, operand, pair, first, last).run();
+    } else {
+      UnpackedTask<ValueSteps<kInt8>>(call, operand, pair, first, last).run();
+    }
   }
 }
 #endif
@@ -311,12 +336,10 @@ template <class T>
 void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const Packed& w = call.weight;
   if (w.quantized()) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      if constexpr (sizeof(T) == 4) {
-        QuantizedTask<T>(call, operand, pair, first, last).run();
-      } else {
-        unpacked_task(call, operand, pair, first, last);
-      }
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t pair = begin; pair < end; ++pair) QuantizedTask<T>(call, operand, pair, first, last).run();
+    } else {
+      unpacked_task(call, operand, begin, end, first, last);
     }
   } else {
     Pending pending(call);

@@ -182,6 +182,18 @@ class ByteSteps {
     unpack_bytes(pair + w_.scale_bytes() + step * kStepElements, kStepElements, to);
   }
 
+  // line(tile, number, integers) for each line of a step, as float32: outputs 0..7 and 8..15.
+  template <class Line>
+  TM_INLINE void each_line(const uint8_t* pair, int64_t step, const Line& line) const {
+    const int8_t* from = reinterpret_cast<const int8_t*>(pair + w_.scale_bytes() + step * kStepElements);
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma GCC unroll 8
+      for (int number = 0; number < 16; ++number, from += 32) {
+        line(tile, number, {(__m512)to_float(load(from)).part[0], (__m512)to_float(load(from + 16)).part[0]});
+      }
+    }
+  }
+
  private:
   const Packed& w_;
 };

@@ -1,0 +1,68 @@
+// One row of bfloat16 inputs times a pair of 8-bit integers by vector instructions: where a single row is all there is,
+// as in decode of one sequence, integers needn't become tiles in memory first. (Values of 4 bits, which have to be
+// rounded as well, gain nothing so.)
+//
+// The sums are the matrix unit's to the bit, so that a row's result doesn't depend on its company: of 32 inputs it
+// adds the products of even and of odd ones apart, each from zero and in order, and then both to the total,
+// without subnormal numbers.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include "unpack.h"
+
+namespace tokenmill {
+
+// Subnormal numbers are zero while this lives, as they always are for the matrix unit.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+// Sums of one tile's 16 outputs: lanes are (output, even or odd input).
+struct TileSums {
+  __m512 lanes[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+
+  // `weights`: a line's outputs 0..7 and 8..15, two inputs each; `x`: those two inputs.
+  TM_INLINE void add(const __m512 (&weights)[2], const float* x) {
+    double both;
+    std::memcpy(&both, x, sizeof both);
+    const __m512 inputs = _mm512_castpd_ps(_mm512_set1_pd(both));
+    lanes[0] = _mm512_fmadd_ps(weights[0], inputs, lanes[0]);
+    lanes[1] = _mm512_fmadd_ps(weights[1], inputs, lanes[1]);
+  }
+
+  TM_INLINE __m512 total() const {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_ps(_mm512_permutex2var_ps(lanes[0], even, lanes[1]),
+                         _mm512_permutex2var_ps(lanes[0], odd, lanes[1]));
+  }
+};
+
+// sums [32] = x [steps * 32], as float32, times a pair; `ahead` bytes further on are asked for.
+template <class Steps>
+TM_INLINE void single_row(const Steps& steps, const uint8_t* pair, int64_t count, int64_t step_bytes, int64_t ahead,
+                          const float* x, float* sums) {
+  const FlushSubnormals flush;
+  __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t step = 0; step < count; ++step, x += kStep) {
+    for (int64_t i = 0; i < step_bytes; i += 64) __builtin_prefetch(pair + step * step_bytes + ahead + i, 0, 2);
+    TileSums tiles[2];
+    steps.each_line(pair, step, [&](int tile, int line, const __m512(&weights)[2]) {
+      tiles[tile].add(weights, x + 2 * line);
+    });
+    totals[0] = _mm512_add_ps(totals[0], tiles[0].total());
+    totals[1] = _mm512_add_ps(totals[1], tiles[1].total());
+  }
+  _mm512_storeu_ps(sums, totals[0]);
+  _mm512_storeu_ps(sums + 16, totals[1]);
+}
+
+}  // namespace tokenmill
+
+#endif
