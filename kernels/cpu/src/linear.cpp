@@ -1,7 +1,8 @@
 // y = epilogue(x W^T): one kernel for every number of rows.
 //
-// A task is one pair of packed columns (32 outputs) times one panel of rows; the weight streams through once a
-// panel. Within a task K runs in order, so a row's result is the same bits alone and in any batch:
+// A task is a run of pairs of packed columns (32 outputs each) times a panel of rows: threads share the columns where
+// rows are few, the rows where they are many. For each pair K runs in order, so a row's result is the same bits alone
+// and in any batch:
 //
 //   plain weights            in one go
 //   quantized, x bfloat16    piece by piece, each unpacked to what it stands for in bfloat16 and then multiplied as
@@ -19,6 +20,7 @@
 #include "epilogue.h"
 #include "operand.h"
 #include "packed.h"
+#include "pending.h"
 #include "product.h"
 #include "single_row.h"
 #include "threads.h"
@@ -27,7 +29,6 @@
 namespace tokenmill {
 namespace {
 
-constexpr int kBlock = 32;                // rows that share one pass over a pair
 constexpr int64_t kPanelBytes = 1 << 20;  // of x: what stays in a core's own cache beside the weight
 constexpr int64_t kMaxPanelRows = 512;
 constexpr int64_t kChunk = 8;             // steps of a quantized weight unpacked at a time
@@ -41,47 +42,6 @@ TM_INLINE void set_rows(int rows) {
   (void)rows;
 #endif
 }
-
-// A block of rows whose sums stand, but whose epilogue is still to come: it runs between the products of the block
-// after it. Two blocks' sums take turns.
-class Pending {
- public:
-  explicit Pending(const Call& call) : call_(call) {}
-  ~Pending() { finish_rows(left_); }
-
-  // Where the next block's sums go.
-  float* sums() { return memory_[turn_]; }
-
-  // The next block is multiplied; what was pending is finished.
-  void push(int64_t pair, int64_t first, int rows) {
-    finish_rows(left_);
-    pair_ = pair;
-    row_ = first;
-    left_ = rows;
-    from_ = memory_[turn_];
-    turn_ ^= 1;
-  }
-
-  int left() const { return left_; }
-
-  TM_INLINE void finish_rows(int rows) {
-    if (left_ == 0) return;
-    if (rows > left_) rows = left_;
-    finish(call_, pair_, row_, rows, from_);
-    row_ += rows;
-    from_ += rows * kPair;
-    left_ -= rows;
-  }
-
- private:
-  const Call& call_;
-  int64_t pair_ = 0;
-  int64_t row_ = 0;
-  int left_ = 0;
-  int turn_ = 0;
-  const float* from_ = nullptr;
-  alignas(64) float memory_[2][kBlock * kPair];
-};
 
 #if defined(__AVX512BF16__)
 constexpr bool kDirect = true;  // bfloat16 x is multiplied as it is
