@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 import msgspec
@@ -29,13 +28,7 @@ class Answer:
         self._generation = generation
         self._request = request
         self._tokenizer: Tokenizer = generation.engine.tokenizer
-        self._head = {
-            "id": generation.name,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": generation.engine.ready.fingerprint,
-        }
+        self._head = generation.head("text_completion", model)
         options = request.stream_options
         self._usage_at_end = options is not None and options.include_usage
         self._usage_always = options is not None and options.usage_always

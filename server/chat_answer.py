@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,13 +33,7 @@ class ChatAnswer:
         self._prompt = prompt
         self._request = request
         self._tokenizer = generation.engine.tokenizer
-        self._head: dict[str, object] = {
-            "id": generation.name,
-            "object": "chat.completion.chunk" if request.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": generation.engine.ready.fingerprint,
-        }
+        self._head = generation.head("chat.completion.chunk" if request.stream else "chat.completion", model)
         options = request.stream_options
         self._usage_at_end = options is not None and options.include_usage
         self._usage_always = options is not None and options.usage_always
@@ -141,13 +134,9 @@ class ChatAnswer:
 
     def _usage(self) -> dict[str, object]:
         """The generation's usage, with the tokens that were thoughts."""
-        usage = self._generation.usage()
-        details = usage["completion_tokens_details"]
-        assert isinstance(details, dict)
-        thoughts = sum(
-            text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items()
+        return self._generation.usage(
+            sum(text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items())
         )
-        return {**usage, "completion_tokens_details": {**details, "reasoning_tokens": thoughts}}
 
     def _logprobs(self, choice: Choice, sent: int) -> dict[str, object] | None:
         """The log-probabilities of the tokens from `sent` on that start before the text's end."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from tokenmill.engine.detokenizer import Detokenizer
@@ -305,7 +306,17 @@ class Generation:
         choice.first = choice.first or now
         choice.last = now
 
-    def usage(self) -> dict[str, object]:
+    def head(self, kind: str, model: str) -> dict[str, object]:
+        """What every answer and every chunk of it begins with; `model` is the name that was asked for."""
+        return {
+            "id": self.name,
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": self.engine.ready.fingerprint,
+        }
+
+    def usage(self, reasoning_tokens: int = 0) -> dict[str, object]:
         """What was used so far: every candidate counts, through the token that completed its stop."""
         runs = [run for part in (self, *self._parts) for run in part.runs]
         choices = [choice for run in runs for choice in run.choices]
@@ -321,7 +332,7 @@ class Generation:
             "completion_tokens_details": {
                 "accepted_prediction_tokens": sum(choice.accepted_drafts for choice in predicted),
                 "rejected_prediction_tokens": sum(choice.rejected_drafts for choice in predicted),
-                "reasoning_tokens": 0,
+                "reasoning_tokens": reasoning_tokens,
                 "audio_tokens": 0,
             },
         }

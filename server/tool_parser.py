@@ -11,6 +11,7 @@ calls are dropped. Each form of markup is a parser of its own (`tool_markers.py`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 
 import msgspec
@@ -32,7 +33,7 @@ Functions = Mapping[str, Collection[str]]
 """The functions that there are: their names, and of each the parameters that are strings."""
 
 
-class ToolParser:
+class ToolParser(ABC):
     """What all forms share: the states, and what happens between content and calls.
 
     `functions` are those that there are. Past `limit` calls everything is dropped. `required`: the answer is
@@ -69,13 +70,13 @@ class ToolParser:
             self._pieces.append(rest)
         return self._take()
 
+    @abstractmethod
     def _content(self) -> bool:
         """Look for the beginning of a call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _after(self) -> bool:
         """Read what stands behind a call."""
-        raise NotImplementedError
 
     def _at_end(self, cut: bool) -> None:
         """The text has ended: what looked like the beginning of a marker was text; half a call is dropped."""

@@ -58,7 +58,7 @@ class _AbsentChip(DriverBase):  # type: ignore[misc]
         return META
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing can be timed on a chip that isn't there")
+        raise RuntimeError("nothing can be timed on a chip that isn't there")
 
     def get_current_device(self) -> int:
         return -1

@@ -34,9 +34,9 @@ void parallel_for(int64_t count, const Lambda& body) {
       count, [](const void* context, int64_t index) { (*static_cast<const Lambda*>(context))(index); }, &body);
 }
 
-// Rows are many, as in prefill, where each thread had better take its own, the same in every pass over them: it finds
-// what it wrote in its own cache.
-inline bool many(int64_t rows) { return rows >= 384; }
+// Rows are many for these threads, as in prefill, where each had better take its own, the same in every pass over them:
+// it finds what it wrote in its own cache. Fewer, and reading all weights in each thread costs more.
+inline bool many(int64_t rows) { return rows >= 192 * thread_count(); }
 
 // How many of `rows` rows a piece of work takes: a thread's share of many, else `few`.
 inline int64_t rows_a_piece(int64_t rows, int64_t few) {
