@@ -28,8 +28,8 @@ _AVX512_OPTIONS = (
 X86 = (
     InstructionSet(
         "amx",
-        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
-        (*_AVX512_OPTIONS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _AVX512 | {"avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16"},
+        (*_AVX512_OPTIONS, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
     ),
     InstructionSet("avx512_bf16", _AVX512 | {"avx512_bf16"}, (*_AVX512_OPTIONS, "-mavx512bf16")),
     InstructionSet("avx512", _AVX512, _AVX512_OPTIONS),

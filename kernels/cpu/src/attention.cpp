@@ -96,12 +96,13 @@ template <class Tiles, class T>
 void write_out(const RowBlock& block, float* states) {
   const Attention& p = block.problem;
   const int64_t size = p.value_size;
-  for (int64_t r = 0; r < block.rows(); ++r) {
-    const int64_t row = block.first + r, slot = r % kQueryRows;
+  Rows at(block);
+  for (int64_t r = 0; r < block.rows(); ++r, at.next()) {
+    const int64_t slot = r % kQueryRows;
     const State state = state_of(states, r / kQueryRows, size);
     float sum = state.sum(slot), factor = 1.0f;
     if (p.sinks) {
-      F maximum = splat(state.maxima()[slot]), sink = splat(p.sinks[block.head(row)] * Tiles::kUnit);
+      F maximum = splat(state.maxima()[slot]), sink = splat(p.sinks[at.head()] * Tiles::kUnit);
       F both = max(maximum, sink);
       alignas(64) float scaled[2][kLanes];
       store(scaled[0], Tiles::weight(maximum - both));
@@ -110,7 +111,7 @@ void write_out(const RowBlock& block, float* states) {
       sum = sum * factor + scaled[1][0];
     }
     const F weight = splat(factor / sum);
-    T* to = static_cast<T*>(p.out) + (block.query_token(row) * p.heads + block.head(row)) * size;
+    T* to = static_cast<T*>(p.out) + at.vector() * size;
     for (int64_t e = 0; e < size; e += kLanes) {
       store_up_to(to + e, load(state.row(slot) + e) * weight, size - e);
     }
@@ -128,9 +129,10 @@ void run_task(const Task& task, float* split, const Task* next) {
   const int64_t size = block.problem.value_size;
   float* total = scratch<float>(kAccumulator, 2 * block_floats(block));
   float* fresh = total + block_floats(block);
-  for (int64_t s = 0; s < state_count(block); ++s) state_of(total, s, size).reset();
   int64_t part, last;
-  for (parts_of(block, part, last); part < last; ++part) {
+  parts_of(block, part, last);
+  attend_part(tiles, task, part, total, next);
+  while (++part < last) {
     attend_part(tiles, task, part, fresh, next);
     for (int64_t s = 0; s < state_count(block); ++s) merge<Tiles>(state_of(total, s, size), state_of(fresh, s, size));
   }

@@ -17,7 +17,7 @@
 
 namespace tokenmill {
 
-constexpr int64_t kPart = 256;    // tokens
+constexpr int64_t kPart = 1024;   // tokens
 constexpr int kQueryRows = 16;    // rows of one state
 constexpr int kBlockRows = 64;    // rows that share one pass over the keys
 constexpr float kMinusInfinity = -INFINITY;
@@ -65,7 +65,6 @@ struct RowBlock {
 
   int64_t rows() const { return last - first; }
   int64_t query_token(int64_t row) const { return problem.query_start[sequence] + row / problem.group(); }
-  int64_t head(int64_t row) const { return kv_head * problem.group() + row % problem.group(); }
 
   // The position that a row stands at, which is the last key it sees.
   int64_t position(int64_t row) const {
@@ -75,11 +74,34 @@ struct RowBlock {
     int64_t start = problem.window > 0 ? position(row) - problem.window + 1 : 0;
     return start > 0 ? start : 0;
   }
-  template <class T>
-  const T* query(int64_t row) const {
-    return static_cast<const T*>(problem.query) +
-           (query_token(row) * problem.heads + head(row)) * problem.key_size;
+};
+
+// The rows of a block one after the other, without a division for each.
+class Rows {
+ public:
+  explicit Rows(const RowBlock& block)
+      : group_(block.problem.group()),
+        heads_(block.problem.heads),
+        position_(block.position(block.first)),
+        token_(block.query_token(block.first)),
+        head_(block.kv_head * group_),
+        member_(block.first % group_) {}
+
+  void next() {
+    if (++member_ < group_) return;
+    member_ = 0;
+    ++token_;
+    ++position_;
   }
+  int64_t position() const { return position_; }
+  int64_t head() const { return head_ + member_; }
+  int64_t vector() const { return token_ * heads_ + head(); }  // of [T, heads]
+
+ private:
+  const int64_t group_, heads_;
+  int64_t position_, token_;
+  const int64_t head_;
+  int64_t member_;
 };
 
 // The keys that each row of a block sees, [oldest, newest]; rows past the last one repeat it, up to a whole state.
@@ -88,10 +110,11 @@ struct Sight {
   alignas(64) int32_t oldest[kBlockRows];
 
   explicit Sight(const RowBlock& block) {
-    const int64_t rows = block.rows();
-    for (int64_t r = 0; r < rows; ++r) {
-      newest[r] = static_cast<int32_t>(block.position(block.first + r));
-      oldest[r] = static_cast<int32_t>(block.first_key(block.first + r));
+    const int64_t rows = block.rows(), window = block.problem.window;
+    Rows at(block);
+    for (int64_t r = 0; r < rows; ++r, at.next()) {
+      newest[r] = static_cast<int32_t>(at.position());
+      oldest[r] = window > 0 && at.position() >= window ? static_cast<int32_t>(at.position() - window + 1) : 0;
     }
     for (int64_t r = rows; r % kQueryRows != 0; ++r) {
       newest[r] = newest[rows - 1];

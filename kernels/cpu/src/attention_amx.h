@@ -10,9 +10,12 @@
 
 #if defined(__AMX_BF16__)
 
+#include <algorithm>
+
 #include "amx.h"
 #include "attention.h"
 #include "cache_layout.h"
+#include "power_bits.h"
 #include "threads.h"
 
 namespace tokenmill {
@@ -48,12 +51,15 @@ class AmxTiles {
         key_size_(block.problem.key_size),
         value_size_(block.problem.value_size),
         height_(static_cast<int>(block.rows() < kQueryRows ? block.rows() : kQueryRows)),
+        alone_(block.rows() <= kRows),
         factor_(block.problem.softcap > 0 ? kLog2E : block.problem.scale * kLog2E) {
     const int64_t rows = block.rows(), lines = height_ < kQueryRows ? rows : divide_up(rows, kRows) * kRows;
     queries_ = scratch<bf16>(kPanel, lines * key_size_ + kCacheStep * value_size_);
     tail_ = queries_ + lines * key_size_;
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(queries_ + r * key_size_, block.query<bf16>(block.first + r), static_cast<size_t>(key_size_) * 2);
+    const bf16* queries = static_cast<const bf16*>(block.problem.query);
+    Rows at(block);
+    for (int64_t r = 0; r < rows; ++r, at.next()) {
+      std::memcpy(queries_ + r * key_size_, queries + at.vector() * key_size_, static_cast<size_t>(key_size_) * 2);
     }
     std::memset(queries_ + rows * key_size_, 0, static_cast<size_t>((lines - rows) * key_size_) * 2);
     configure_tiles(height_ < kQueryRows ? height_ : kRows);
@@ -65,6 +71,7 @@ class AmxTiles {
   void expect(const RowBlock& block, int64_t start, int64_t end) {
     int64_t place[kSteps];
     const int count = locate(block, start, end, place);
+    if (!alone_) return;
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
     for (int step = 0; step < kSteps; ++step) awaited_[step] = step < count ? keys + place[step] * key_size_ : nullptr;
   }
@@ -85,17 +92,13 @@ class AmxTiles {
   }
 
   // Adds the tile to the states of the block's rows from `first` on, kRows of them.
-  void attend(int64_t first, float* states) const {
-    alignas(64) float scores[kRows][kTile];
-    alignas(64) bf16 weights[kRows][kTile];
-    const int rows = static_cast<int>(block_.rows() - first < kRows ? block_.rows() - first : kRows);
-    const bool two = rows > kQueryRows;
-    for (int step = 0; step < steps_; ++step) score(first, step, two, scores);
-    for (int r = 0; r < rows; ++r) weigh(first + r, scores[r], state(states, first + r), weights[r]);
-    const int shown = two ? kRows : height_;
-    if (rows < shown) std::memset(weights[rows], 0, static_cast<size_t>(shown - rows) * sizeof weights[0]);
-    add_values(weights, state(states, first), state(states, first + kQueryRows), two,
-               first + kRows < block_.rows() ? keys_ : awaited_);
+  void attend(int64_t first, float* states) {
+    const int rows = static_cast<int>(std::min<int64_t>(block_.rows() - first, kRows));
+    if (rows > kQueryRows) {
+      attend_rows<true>(first, rows, states);
+    } else {
+      attend_rows<false>(first, rows, states);
+    }
   }
 
  private:
@@ -125,8 +128,23 @@ class AmxTiles {
     return tail_;
   }
 
-  State state(float* states, int64_t row) const {
-    return {states + row / kQueryRows * State::floats(value_size_), State::row_width(value_size_)};
+  // `Two`: rows of a second state follow those of the first.
+  template <bool Two>
+  void attend_rows(int64_t first, int rows, float* states) {
+    const State upper{states + first / kQueryRows * State::floats(value_size_), State::row_width(value_size_)};
+    const State lower{upper.memory + State::floats(value_size_), upper.width};
+    for (int step = 0; step < steps_; ++step) score<Two>(first, step);
+    if (!seen_whole(first, rows)) finish_scores(first, rows);
+    uint32_t late = expect_maxima(upper, 0);  // rows whose maximum moves
+    if (Two) late |= expect_maxima(lower, kQueryRows) << kQueryRows;
+    for (int row = 0; row < rows; ++row) late |= static_cast<uint32_t>(weigh(row)) << row;
+    for (late &= 0xFFFFFFFFu >> (kRows - rows); late; late &= late - 1) {
+      const int row = __builtin_ctz(late);
+      move_maximum(row, row < kQueryRows ? upper : lower);
+    }
+    const int shown = Two ? kRows : height_;
+    if (rows < shown) std::memset(weights_[rows], 0, static_cast<size_t>(shown - rows) * sizeof weights_[0]);
+    add_values<Two>(upper, lower);
   }
 
   // Asks for a run of keys or values.
@@ -135,16 +153,17 @@ class AmxTiles {
   }
 
   // Raw scores of one run of keys.
-  void score(int64_t first, int step, bool two, float (&scores)[kRows][kTile]) const {
+  template <bool Two>
+  void score(int64_t first, int step) {
     const int64_t line = key_size_ * 2;
     const bf16* upper = queries_ + first * key_size_;
     const bf16* lower = upper + kQueryRows * key_size_;
     const bf16* left = keys_[step];
     const bf16* right = left + 16 * key_size_;
-    float* to = scores[0] + step * kCacheStep;
+    float* to = scores_[0] + step * kCacheStep;
     tile_fence(upper);
     tile_fence(left);
-    ask(values_[step], value_size_);
+    if (alone_) ask(values_[step], value_size_);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -155,7 +174,7 @@ class AmxTiles {
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, right + d * 16, 64);
       _tile_dpbf16ps(1, 4, 7);
-      if (two) {
+      if (Two) {
         _tile_loadd(5, lower + d, line);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
@@ -163,61 +182,93 @@ class AmxTiles {
     }
     _tile_stored(0, to, kTile * 4);
     _tile_stored(1, to + 16, kTile * 4);
-    if (two) {
+    if (Two) {
       _tile_stored(2, to + kQueryRows * kTile, kTile * 4);
       _tile_stored(3, to + kQueryRows * kTile + 16, kTile * 4);
     }
     tile_fence(to);
   }
 
-  // One row's weights from its scores; its state is scaled where its maximum moves.
-  void weigh(int64_t row, float* scores, const State& state, bf16* weights) const {
-    const int vectors = steps_ * 2, slot = static_cast<int>(row % kQueryRows);
-    const bool whole = start_ + steps_ * kCacheStep - 1 <= sight_.newest[row] && start_ >= sight_.oldest[row];
-    if (!whole || block_.problem.softcap > 0) finish_scores(row, scores);
-    F best[2] = {load(scores), load(scores + kLanes)};  // apart, so that they don't wait for each other
-    for (int i = 2; i < vectors; i += 2) {
-      best[0] = max(load(scores + i * kLanes), best[0]);
-      best[1] = max(load(scores + (i + 1) * kLanes), best[1]);
-    }
-    const F largest = max(best[0], best[1]);
-    const float before = state.maxima()[slot];
-    float base = before;
-    if (mask_bits(largest * splat(factor_) > splat(before + kSlack)) != 0) {
-      const float maximum = base = state.maxima()[slot] = reduce_max(largest) * factor_;
-      if (before != kMinusInfinity) {
-        alignas(64) float factor[kLanes];
-        store(factor, weight(splat(before - maximum)));
-        state.scale_row(slot, factor[0]);
+  // Whether rows [first, first + rows) of the block see all of the tile, their scores being final as they are.
+  bool seen_whole(int64_t first, int rows) const {
+    return start_ + steps_ * kCacheStep - 1 <= sight_.newest[first] && start_ >= sight_.oldest[first + rows - 1] &&
+           block_.problem.softcap <= 0;
+  }
+
+  // Softcap, and the mask of what a row doesn't see, in place.
+  void finish_scores(int64_t first, int rows) {
+    const Attention& p = block_.problem;
+    for (int r = 0; r < rows; ++r) {
+      const I newest = splat(sight_.newest[first + r]), oldest = splat(sight_.oldest[first + r]);
+      for (int i = 0; i < 2 * steps_; ++i) {
+        float* scores = scores_[r] + i * kLanes;
+        F score = load(scores);
+        if (p.softcap > 0) score = capped(score * splat(p.scale), p.softcap);
+        const I token = tokens_of_group(i % 2) + splat(static_cast<int32_t>(start_ + i / 2 * kCacheStep));
+        store(scores, select((token <= newest) & (token >= oldest), score, splat(kMinusInfinity)));
       }
-    }
-    const F factor = splat(factor_), finite = splat(base == kMinusInfinity ? 0.0f : -base);
-    for (int i = 0; i < vectors; i += 2) {
-      const F low = weight(fma(load(scores + i * kLanes), factor, finite));
-      const F high = weight(fma(load(scores + (i + 1) * kLanes), factor, finite));
-      const auto both = _mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
-      std::memcpy(weights + i * kLanes, &both, sizeof both);
     }
   }
 
-  // Softcap, and the mask of what the row doesn't see, in place.
-  void finish_scores(int64_t row, float* scores) const {
-    const Attention& p = block_.problem;
-    const I newest = splat(sight_.newest[row]), oldest = splat(sight_.oldest[row]);
-    for (int i = 0; i < steps_ * kCacheStep; i += kLanes) {
-      F score = load(scores + i);
-      if (p.softcap > 0) score = capped(score * splat(p.scale), p.softcap);
-      const I token = lane_index() + splat(static_cast<int32_t>(start_ + i));
-      store(scores + i, select((token <= newest) & (token >= oldest), score, splat(kMinusInfinity)));
+  // What a row has seen tells most often what it will see: notes what weights of a state's rows are relative to.
+  // Returns the rows that have seen nothing.
+  uint32_t expect_maxima(const State& state, int from) {
+    const F maxima = load(state.maxima());
+    store(zeros_ + from, splat(kPowerOfZero) - maxima * splat(kFractions));
+    store(limits_ + from, maxima + splat(kSlack));
+    return mask_bits(maxima == splat(kMinusInfinity));
+  }
+
+  // One row's weights from its scores, by the maximum that is expected; returns whether it has to move.
+  TM_INLINE bool weigh(int row) {
+    const F largest = steps_ == kSteps ? powers<kSteps>(row, kSteps, splat(zeros_[row]))
+                                       : powers<1>(row, steps_, splat(zeros_[row]));
+    return mask_bits(largest * splat(factor_) > splat(limits_[row])) != 0;
+  }
+
+  // 2^(score - maximum) of a row, `zero` being where 2^0 is; returns the largest scores. Steps come in U at a time.
+  template <int U>
+  TM_INLINE F powers(int row, int steps, F zero) {
+    bf16* weights = weights_[row];
+    const float* scores = scores_[row];
+    const F factor = splat(factor_ * kFractions);
+    F best[2] = {splat(kMinusInfinity), splat(kMinusInfinity)};  // apart, so that they don't wait for each other
+    for (int step = 0; step < steps; step += U) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u, scores += kCacheStep, weights += kCacheStep) {
+        const F low = load(scores), high = load(scores + kLanes);
+        best[0] = max(low, best[0]);
+        best[1] = max(high, best[1]);
+        const __m512i both = bfloat16_powers(fma(low, factor, zero), fma(high, factor, zero));
+        std::memcpy(weights, &both, sizeof both);
+      }
     }
+    return max(best[0], best[1]);
+  }
+
+  // A row's weights by the maximum that its scores bring, to which its state is scaled.
+  void move_maximum(int row, const State& state) {
+    const int slot = row % kQueryRows;
+    const float before = state.maxima()[slot];
+    F largest = load(scores_[row]);
+    for (int i = 1; i < 2 * steps_; ++i) largest = max(load(scores_[row] + i * kLanes), largest);
+    const float maximum = reduce_max(largest) * factor_;
+    state.maxima()[slot] = maximum;
+    if (before != kMinusInfinity) {
+      alignas(64) float factor[kLanes];
+      store(factor, weight(splat(before - maximum)));
+      state.scale_row(slot, factor[0]);
+    }
+    const float finite = maximum == kMinusInfinity ? 0 : maximum;
+    powers<1>(row, steps_, splat(kPowerOfZero - finite * kFractions));
   }
 
   // The states' rows += weights x the tile's values and ones, two tiles of columns at a time.
-  // Meanwhile the keys `next` are asked for.
-  void add_values(const bf16 (&weights)[kRows][kTile], const State& upper, const State& lower, bool two,
-                  const bf16* const* next) const {
+  // Meanwhile the keys that are awaited are asked for.
+  template <bool Two>
+  void add_values(const State& upper, const State& lower) const {
     const int64_t line = upper.width * 4, tiles = value_size_ / 16;
-    tile_fence(weights);
+    tile_fence(weights_);
     tile_fence(values_);
     tile_fence(upper.memory);
     tile_fence(lower.memory);
@@ -227,21 +278,21 @@ class AmxTiles {
       float* below = lower.row(0) + e * 16;
       _tile_loadd(0, at, line);
       if (pair) _tile_loadd(1, at + 16, line);
-      if (two) {
+      if (Two) {
         _tile_loadd(2, below, line);
         if (pair) _tile_loadd(3, below + 16, line);
       }
       for (int step = 0; step < steps_; ++step) {
-        if (e == 0 && next[step]) ask(next[step], key_size_);
-        _tile_loadd(4, weights[0] + step * kCacheStep, kTile * 2);
-        if (two) _tile_loadd(5, weights[kQueryRows] + step * kCacheStep, kTile * 2);
+        if (e == 0 && awaited_[step]) ask(awaited_[step], key_size_);
+        _tile_loadd(4, weights_[0] + step * kCacheStep, kTile * 2);
+        if (Two) _tile_loadd(5, weights_[kQueryRows] + step * kCacheStep, kTile * 2);
         if (pair) {
           _tile_loadd(6, values_[step] + e * 32, value_size_ * 4);
         } else {
           _tile_loadd(6, kOnes.bits, 64);
         }
         _tile_dpbf16ps(0, 4, 6);
-        if (two) _tile_dpbf16ps(2, 5, 6);
+        if (Two) _tile_dpbf16ps(2, 5, 6);
         if (pair) {
           if (e + 1 < tiles) {
             _tile_loadd(7, values_[step] + (e + 1) * 32, value_size_ * 4);
@@ -249,12 +300,12 @@ class AmxTiles {
             _tile_loadd(7, kOnes.bits, 64);
           }
           _tile_dpbf16ps(1, 4, 7);
-          if (two) _tile_dpbf16ps(3, 5, 7);
+          if (Two) _tile_dpbf16ps(3, 5, 7);
         }
       }
       _tile_stored(0, at, line);
       if (pair) _tile_stored(1, at + 16, line);
-      if (two) {
+      if (Two) {
         _tile_stored(2, below, line);
         if (pair) _tile_stored(3, below + 16, line);
       }
@@ -268,6 +319,7 @@ class AmxTiles {
   const int64_t key_size_;
   const int64_t value_size_;
   const int height_;     // rows of the matrix unit's tiles
+  const bool alone_;     // whether a tile is read once: it comes from memory then
   const float factor_;   // from stored scores to the state's units
   bf16* queries_;
   bf16* tail_;
@@ -277,6 +329,10 @@ class AmxTiles {
   int64_t start_ = 0;
   int count_ = 0;  // keys of the tile that exist
   int steps_ = 0;  // runs of keys
+  alignas(64) float zeros_[kRows];
+  alignas(64) float limits_[kRows];
+  alignas(64) float scores_[kRows][kTile];
+  alignas(64) bf16 weights_[kRows][kTile];
 };
 
 }  // namespace tokenmill

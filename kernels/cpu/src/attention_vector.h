@@ -24,8 +24,11 @@ class VectorTiles {
     queries_ = scratch<float>(kPanel, rows * keys_width_ + kTile * (keys_width_ + values_width_ + kLanes));
     keys_ = queries_ + rows * keys_width_;
     values_ = keys_ + kTile * keys_width_;
-    for (int64_t r = 0; r < rows; ++r) {
-      widen(block.query<T>(block.first + r), block.problem.key_size, queries_ + r * keys_width_, keys_width_);
+    const T* queries = static_cast<const T*>(block.problem.query);
+    const int64_t size = block.problem.key_size;
+    Rows at(block);
+    for (int64_t r = 0; r < rows; ++r, at.next()) {
+      widen(queries + at.vector() * size, size, queries_ + r * keys_width_, keys_width_);
     }
   }
 
@@ -52,7 +55,7 @@ class VectorTiles {
   }
 
   // Adds the tile to the states of the block's rows from `first` on, kRows of them.
-  void attend(int64_t first, float* states) const {
+  void attend(int64_t first, float* states) {
     const int64_t size = block_.problem.value_size;
     const State state{states + first / kQueryRows * State::floats(size), State::row_width(size)};
     const int64_t last = first + kQueryRows < block_.rows() ? first + kQueryRows : block_.rows();

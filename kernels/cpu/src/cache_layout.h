@@ -1,10 +1,13 @@
 // How the keys and values of a block lie in the paged cache.
 //
 //   plain   k [S][D]                       v [S][E]                      as the tensors' shapes say
-//   tiled   k [S / 16][D / 2][16][2]       v [S / 2][E][2]               as the matrix unit takes them
+//   tiled   k [S / 32][2][D / 2][16][2]    v [S / 2][E][2]               as the matrix unit takes them
 //
 // Tiled, a group of 16 keys and a run of tokens' values are operands of the matrix unit as they lie there, so that
 // attention moves no key and no value before it multiplies. Whole blocks are copied alike in either.
+//
+// Of 32 tokens a group takes every other four, 0-3 8-11 16-19 24-27 and the rest: two rows of scores narrowed to 16
+// bits and joined, which vector units do by lanes of 128 bits, are then in the tokens' order.
 #pragma once
 
 #include "api.h"
@@ -24,9 +27,13 @@ inline bool tiled_cache(int type, int64_t key_size, int64_t value_size, int64_t 
 }
 
 #if defined(__AMX_BF16__)
+// The tokens, counted from a run's first, whose keys are the columns of its group `group`.
+TM_INLINE I tokens_of_group(int group) { return lane_index() + (lane_index() & splat(12)) + splat(4 * group); }
+
 // Puts the key of a block's token `place` where it belongs; `block` is the block's keys of one head.
 TM_INLINE void store_tiled_key(bf16* block, int64_t place, const bf16* key, int64_t size) {
-  bf16* to = block + place / 16 * 16 * size + place % 16 * 2;
+  const int64_t token = place % kCacheStep, group = token / 4 % 2, column = token / 8 * 4 + token % 4;
+  bf16* to = block + (place - token + group * 16) * size + column * 2;
   for (int64_t d = 0; d < size; d += 2) std::memcpy(to + d * 16, key + d, 4);
 }
 
