@@ -20,15 +20,6 @@
 
 namespace tokenmill {
 
-// 2^x for x <= 16 to 1e-4, a twentieth of bfloat16's rounding; 2^0 is exactly 1 and 2^-inf exactly 0.
-TM_INLINE F power_of_two(F x) {
-  constexpr float q[] = {6.9511632e-01f, 2.2764706e-01f, 7.706516e-02f};
-  constexpr int kFloor = 0x09;
-  F r = {{(NativeF)_mm512_reduce_ps((__m512)x.part[0], kFloor)}};
-  F p = fma(r, polynomial(r, q), splat(1.0f));
-  return {{(NativeF)_mm512_scalef_ps((__m512)p.part[0], (__m512)x.part[0])}};
-}
-
 // An operand whose product with weights is their sum, in its first column.
 struct alignas(64) OnesTile {
   uint16_t bits[kTileElements] = {};

@@ -178,7 +178,7 @@ void gate_rows(const T* gate_up, T* out, int64_t rows, int64_t width, int activa
       const T* gate = gate_up + r * 2 * width;
       for (int64_t i = 0; i < width; i += kLanes) {
         F up = load_up_to(gate + width + i, width - i);
-        store_up_to(out + r * width + i, activate(load_up_to(gate + i, width - i), activation) * up, width - i);
+        store_up_to(out + r * width + i, activate<T>(load_up_to(gate + i, width - i), activation) * up, width - i);
       }
     }
   });
@@ -255,7 +255,7 @@ TM_API void tm_activate(const void* x, void* out, int64_t count, int activation,
     parallel_ranges(count, grain(1), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; i += kLanes) {
         F value = load_up_to(static_cast<const T*>(x) + i, last - i);
-        store_up_to(static_cast<T*>(out) + i, activate(value, activation), last - i);
+        store_up_to(static_cast<T*>(out) + i, activate<T>(value, activation), last - i);
       }
     });
   });

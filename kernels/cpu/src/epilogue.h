@@ -42,7 +42,7 @@ void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const 
   for (int r = 0; r < rows; ++r, sums += kPair, at += width) {
     F low = load(sums) + bias[0], high = load(sums + 16) + bias[1];
     if (Gated) {
-      put<Y>(call, activate(low, w.activation) * high, at, left);
+      put<Y>(call, activate<Y>(low, w.activation) * high, at, left);
     } else {
       put<Y>(call, low, at, left);
       put<Y>(call, high, at + 16, left - 16);

@@ -35,6 +35,15 @@ constexpr int64_t kChunk = 8;             // steps of a quantized weight unpacke
 constexpr int64_t kLongChunk = 64;        // the same where many rows come by
 constexpr int64_t kAhead = 2048;          // bytes of it that are asked for in advance
 
+// Whether the matrix unit multiplies T rows with W weights.
+#if defined(__AMX_BF16__)
+template <class T, class W>
+constexpr bool kAmx = sizeof(T) == 2 && sizeof(W) == 2;
+#else
+template <class T, class W>
+constexpr bool kAmx = false;
+#endif
+
 TM_INLINE void set_rows(int rows) {
 #if defined(__AMX_BF16__)
   configure_tiles(rows);
@@ -66,29 +75,61 @@ TM_INLINE void multiply(const float* x, int64_t stride, const W* weight, int64_t
   vector_product(x, stride, weight, length, rows, sums, fresh);
 }
 
+// Pairs of a plain weight times rows [first, last). Several blocks of rows take a pair piece by piece, each piece short
+// enough to stay in the nearest cache beside the rows that come by; their sums wait in memory meanwhile.
 template <class T, class W>
-void plain_task(const Operand<T>& operand, const Packed& w, int64_t pair, int64_t first, int64_t last,
-                Pending& pending) {
-  const W* weight = reinterpret_cast<const W*>(w.pair(pair));
-  const int64_t length = sizeof(W) == 2 ? w.steps() : w.in;
-  // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
-  const int64_t blocks = divide_up(last - first, kBlock);
-  Ahead ahead{reinterpret_cast<const char*>(weight) + (blocks == 1 ? 2048 : w.pair_bytes()),
-              divide_up(kStepElements * 2, blocks * 64) * 64};
-  int shaped = 0;
-  for (int64_t r = first; r < last; r += kBlock) {
-    int rows = static_cast<int>(last - r < kBlock ? last - r : kBlock);
-    if (rows != shaped) set_rows(shaped = rows);
-    const int share = static_cast<int>(divide_up(pending.left(), length));
-    multiply(operand.x + r * operand.stride, operand.stride, weight, length, rows, pending.sums(), true,
-             [&](int64_t step) {
+class PlainTask {
+ public:
+  PlainTask(const Call& call, const Operand<T>& operand, int64_t first, int64_t last)
+      : w_(call.weight), operand_(operand), first_(first), last_(last), pending_(call) {
+    length_ = sizeof(W) == 2 ? w_.steps() : w_.in;
+    blocks_ = divide_up(last - first, kBlock);
+    const int64_t pieces = kAmx<T, W> && blocks_ > 1 ? divide_up(length_, kPiece) : 1;
+    piece_ = divide_up(length_, pieces);
+    sums_ = scratch<float>(kAccumulator, std::max<int64_t>(blocks_, 2) * kBlock * kPair);
+  }
+
+  void run(int64_t pair) {
+    const W* weight = reinterpret_cast<const W*>(w_.pair(pair));
+    // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
+    Ahead ahead{reinterpret_cast<const char*>(weight) + (blocks_ == 1 ? 2048 : w_.pair_bytes()),
+                divide_up(kStepElements * 2, blocks_ * 64) * 64};
+    turn_ ^= 1;
+    for (int64_t k = 0; k < length_; k += piece_) {
+      for (int64_t block = 0; block < blocks_; ++block) multiply_block(pair, weight, k, block, ahead);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPiece = 9;  // steps: 18 KiB, and as much of a block of rows
+
+  void multiply_block(int64_t pair, const W* weight, int64_t k, int64_t block, Ahead& ahead) {
+    const int64_t r = first_ + block * kBlock, length = std::min(piece_, length_ - k);
+    const int rows = static_cast<int>(std::min<int64_t>(last_ - r, kBlock));
+    if (rows != shaped_) set_rows(shaped_ = rows);
+    float* sums = sums_ + (blocks_ > 1 ? block : turn_) * kBlock * kPair;
+    const int share = static_cast<int>(divide_up(pending_.left(), length));
+    const int64_t width = kPair * (sizeof(W) == 2 ? kStep : 1), inputs = sizeof(W) == 2 ? kStep : 1;
+    multiply(operand_.x + r * operand_.stride + k * inputs, operand_.stride, weight + k * width, length, rows, sums,
+             k == 0, [&](int64_t step) {
                ahead(step);
-               pending.finish_rows(share);
+               pending_.finish_rows(share);
              });
     ahead.from += length * ahead.bytes;
-    pending.push(pair, r, rows);
+    if (k + length == length_) pending_.push(pair, r, rows, sums);
   }
-}
+
+  const Packed& w_;
+  const Operand<T>& operand_;
+  const int64_t first_, last_;
+  Pending pending_;
+  int64_t length_;  // steps, or inputs of a float32 weight
+  int64_t blocks_;
+  int64_t piece_;
+  float* sums_;
+  int turn_ = 0;
+  int shaped_ = 0;
+};
 
 // sums [rows][32] *= the scales of a pair's rows.
 void scale_sums(const Packed& w, int64_t pair, int rows, float* sums) {
@@ -302,13 +343,12 @@ void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_
       unpacked_task(call, operand, begin, end, first, last);
     }
   } else {
-    Pending pending(call);
-    for (int64_t pair = begin; pair < end; ++pair) {
-      if (w.format != kF32) {
-        plain_task<T, bf16>(operand, w, pair, first, last, pending);
-      } else if constexpr (sizeof(T) == 4) {
-        plain_task<T, float>(operand, w, pair, first, last, pending);
-      }
+    if (w.format != kF32) {
+      PlainTask<T, bf16> task(call, operand, first, last);
+      for (int64_t pair = begin; pair < end; ++pair) task.run(pair);
+    } else if constexpr (sizeof(T) == 4) {
+      PlainTask<T, float> task(call, operand, first, last);
+      for (int64_t pair = begin; pair < end; ++pair) task.run(pair);
     }
   }
 #if defined(__AMX_BF16__)

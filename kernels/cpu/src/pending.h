@@ -9,23 +9,19 @@ namespace tokenmill {
 constexpr int kBlock = 32;  // rows that share one pass over a pair
 
 // A block of rows whose sums stand, but whose epilogue is still to come: it runs between the products of the block
-// after it. Two blocks' sums take turns.
+// after it, which leave its sums alone.
 class Pending {
  public:
   explicit Pending(const Call& call) : call_(call) {}
   ~Pending() { finish_rows(left_); }
 
-  // Where the next block's sums go.
-  float* sums() { return memory_[turn_]; }
-
-  // The next block is multiplied; what was pending is finished.
-  void push(int64_t pair, int64_t first, int rows) {
+  // The next block, whose sums are [rows][32], is multiplied; what was pending is finished.
+  void push(int64_t pair, int64_t first, int rows, const float* sums) {
     finish_rows(left_);
     pair_ = pair;
     row_ = first;
     left_ = rows;
-    from_ = memory_[turn_];
-    turn_ ^= 1;
+    from_ = sums;
   }
 
   int left() const { return left_; }
@@ -44,9 +40,7 @@ class Pending {
   int64_t pair_ = 0;
   int64_t row_ = 0;
   int left_ = 0;
-  int turn_ = 0;
   const float* from_ = nullptr;
-  alignas(64) float memory_[2][kBlock * kPair];
 };
 
 }  // namespace tokenmill
