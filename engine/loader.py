@@ -40,6 +40,7 @@ __all__ = ["LoadError", "LoadedModel", "Progress", "load"]
 
 DEFAULT_CONTEXT = 4096
 SAMPLES = 16
+FP8_CAPABILITY = (8, 9)
 STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -120,8 +121,14 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
 
 def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:
     """Say early, before weights are read, what can't be had on this device or of these files."""
-    if wanted == "fp8" and device.type == "cpu":
-        raise LoadError("quantization fp8 needs a GPU; int8 and int4 work on a CPU")
+    if wanted in ("fp8", "fp8_dynamic"):
+        if device.type == "cpu":
+            raise LoadError(f"quantization {wanted} needs a GPU; int8 and int4 work on a CPU")
+        if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise LoadError(
+                f"quantization {wanted} needs a GPU that knows 8-bit floats (compute capability 8.9 or later); "
+                "int8 and int4 work on this one"
+            )
     if wanted == "gguf" and checkpoint.gguf_file is None:
         raise LoadError(
             "quantization gguf keeps the blocks of a .gguf file, and this is none; say int8 or int4"

@@ -12,6 +12,7 @@ from typing import Any
 
 _HOMES = {
     "rms_norm": "norms",
+    "rms_norm_rows": "norms",
     "add_rms_norm": "norms",
     "activation_mul": "activation",
     "store_kv": "kv_store",

@@ -54,14 +54,19 @@ def to_fp8(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def row_scale(x: tl.tensor) -> tl.tensor:
-    """(scale, codes a unit) of float32 x [BLOCK], one row with zeros behind its end; NaN and 0 where it is wild."""
+def store_row(x: tl.tensor, data_ptr: tl.tensor, scale_ptr: tl.tensor, inside: tl.tensor) -> None:
+    """Round and store one row: float32 x [BLOCK], of which `inside` is the row and the rest zeros.
+
+    `data_ptr` [BLOCK] are the places of its codes, `scale_ptr` the place of its scale.
+    """
     magnitude = tl.abs(x)
     largest = tl.maximum(tl.max(magnitude, axis=0), _SMALLEST)
     # NaN is not below infinity; a maximum of numbers and NaN may be either.
     finite = tl.min((magnitude < float("inf")).to(tl.int32), axis=0) != 0
-    scale = tl.where(finite, tl.div_rn(largest, _LARGEST), float("nan"))
-    return scale, tl.where(finite, tl.div_rn(_LARGEST, largest), 0.0)
+    tl.store(scale_ptr, tl.where(finite, tl.div_rn(largest, _LARGEST), float("nan")))
+    codes = tl.where(finite, x * tl.div_rn(_LARGEST, largest), 0.0)
+    # The product may lie past the largest code by a bit, where the interpreter doesn't saturate.
+    tl.store(data_ptr, to_fp8(tl.clamp(codes, -_LARGEST, _LARGEST)), mask=inside)
 
 
 @jit
@@ -79,12 +84,7 @@ def _quantize_rows_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    scale, per_unit = row_scale(x)
-    tl.store(scale_ptr + row, scale)
-    codes = tl.where(per_unit > 0, x * per_unit, 0.0)
-    # The product may lie past the largest code by a bit, where the interpreter doesn't saturate.
-    codes = tl.clamp(codes, -_LARGEST, _LARGEST)
-    tl.store(data_ptr + row * width + columns, to_fp8(codes), mask=inside)
+    store_row(x, data_ptr + row * width + columns, scale_ptr + row, inside)
 
 
 def empty_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Fp8Rows:

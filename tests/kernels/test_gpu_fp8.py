@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import gpu, reference
-from tokenmill.kernels.gpu import reference_gpu
+from tokenmill.kernels.gpu import reference_gpu, selfcheck_fp8
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.fp8_matmul import FEW, MANY, SOME, Fp8Tile, tile_for
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows, empty_rows
@@ -167,3 +167,30 @@ def test_nothing_and_wrong_weights() -> None:
         gpu.fp8_linear(rows, quantize_int8(random(32, 64)))
     with pytest.raises(ValueError, match="activation must be one of"):
         gpu.fp8_linear(rows, weight, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(0, 32), (1, 33), (17, 200)])
+def test_a_norm_rounds_its_rows_as_a_pass_of_its_own_would(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = random(rows, width + 3, dtype=dtype)[:, :width], random(width, dtype=dtype, seed=1)
+    if rows > 1:
+        x[0], x[1, 3] = 0.0, float("inf")
+    fused = gpu.rms_norm_rows(x, weight, 1e-5, 1.0)
+    assert fused.dtype == dtype
+    assert same(fused, gpu.quantize_rows(gpu.rms_norm(x, weight, 1e-5, 1.0)))
+    assert fused.scale.isnan().tolist() == [rows > 1 and row == 1 for row in range(rows)]
+
+
+def test_the_crowds_of_the_self_check_agree_where_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a chip its inputs are random; the interpreter's products are numpy's, whose order follows their shapes."""
+
+    def integers(*shape: int, generator: torch.Generator) -> Tensor:
+        x = torch.randint(-8, 9, shape, generator=generator).float()
+        x[:, 0] = FP8_MAX
+        return x
+
+    generator = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch, "randn", integers)
+    found = list(selfcheck_fp8.compare_crowds(generator, CPU, 40, 66))
+    assert len(found) == 10
+    assert all(error == allowed == 0.0 for _, error, allowed in found)
