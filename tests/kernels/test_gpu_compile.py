@@ -31,7 +31,8 @@ def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
         "rms_norm_kernel", "activation_mul_kernel", "store_kernel", "rope_store_kernel", "copy_kernel",
         "plan_kernel", "decode_kernel", "tiles_kernel", "prefill_kernel", "adjust_kernel", "bias_kernel",
         "bitmask_kernel", "threshold_kernel", "keep_kernel", "choose_kernel", "logprobs_kernel",
-        "linear_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "route_kernel", "count_kernel", "lay_out_kernel", "expert_kernel", "sum_kernel",
+        "linear_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "route_kernel", "count_kernel",
+        "lay_out_kernel", "expert_kernel", "sum_kernel",
     }  # fmt: skip
     assert {kernel["name"] for kernel in kernels} == expected
 
