@@ -3,6 +3,7 @@
     rows ≤ 64   our skinny product: at the memory's speed, and the same bits in any crowd
     more        cuBLAS, which is nearer the matrix units' rate; ours for quantized weights, and with
                 `deterministic`, slower, in the few rows' order of sums
+                `fp8_dynamic`: one product for any number, always in the same order of sums (gpu_fp8.py)
 
 Buffers that outlive a step (workspaces, plans) are made by `reserve` and at first use, never while serving, so
 that captured graphs may keep their addresses.

@@ -323,5 +323,6 @@ def _describe(
 ) -> str:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
-    held = "" if quantization is None else f", {quantization} weights"
+    special = {None: "", "fp8_dynamic": ", fp8 weights and activations"}
+    held = special.get(quantization, f", {quantization} weights")
     return f"{model_type}, {size} parameters, {name} on {device}{held}"

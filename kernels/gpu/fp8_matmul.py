@@ -164,7 +164,8 @@ def fp8_linear(
 
     `weight` is what `quantize_fp8` makes. With `activation` it and `bias` hold gate and up rows in turn (see
     `interleaved`) and the result is act(gate) * up, [T, out / 2]. `out` may be `residual`. The result is rounded
-    once, to `x.dtype`, and doesn't depend on `tile`, which by default follows the number of rows.
+    once, to `x.dtype`, and doesn't depend on `tile`, which by default follows the number of rows. Inputs that are no
+    multiple of 16 can't be copied ahead and make it slow.
     """
     check_cuda(x.data)
     (rows, inputs), (outputs, expected) = x.data.shape, weight.data.shape
