@@ -5,7 +5,8 @@
 
 Weights are the left operand whatever the number of rows: a group of four warps multiplies 64 of their rows by 8
 or more of ours, so few rows fit the instruction that many use. And K is walked in one order, never split. So a
-row's result is the same to the bit alone and in any crowd, and the tile may follow the number of rows.
+row's result is the same to the bit alone and in any crowd, and the tile may follow the number of rows, as long as
+the instruction gives an output the same bits at every width: the self-check asks that of the chip.
 """
 
 from __future__ import annotations
