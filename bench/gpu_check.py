@@ -5,7 +5,7 @@
     logits    true-sized random models, teacher-forced: the error against float32 beside transformers' in bfloat16
     speed     decode, prefill and whole workloads, each with its share of limits measured in this run
     peers     transformers' own continuous batching on the same jobs
-    fp8       the largest model with weights in 8-bit floats
+    fp8       the largest model with weights in 8-bit floats, then with activations in them too
     micro     each kernel's time beside the limit of its bytes and operations
 
 Sections run until the budget is spent; what is left out is said. It needs no network and no HTTP library. Where
@@ -168,20 +168,24 @@ def measure_models(check: Check, sections: set[str]) -> None:
             _free(check.device)
 
 
-def measure_fp8(check: Check) -> None:
-    """The largest model with its weights in fp8: one stream, and saturated."""
+def measure_fp8(check: Check, quantization: str) -> None:
+    """The largest model in 8-bit floats: one stream, and saturated."""
+    from tokenmill.kernels.gpu.microbench import fp8_matmul_rate
+
     name, fields = list(check.sizes.shapes.items())[-1]
     limits = check.limits
     if limits is None:
         return
-    engine = _make(check, fields, quantization="fp8")
+    if quantization == "fp8_dynamic" and check.device.type == "cuda":
+        limits = dataclasses.replace(limits, matmul_flops_per_s=fp8_matmul_rate(check.device))
+    engine = _make(check, fields, quantization=quantization)
     size = engine.model.size
     head = fields["vocab_size"] * fields["hidden_size"]  # stays as it was
     engine.model.size = dataclasses.replace(size, weight_bytes=size.weights + head)
-    check.add(f"{name}, fp8", decode_alone(engine, limits, *check.sizes.alone, None))
+    check.add(f"{name}, {quantization}", decode_alone(engine, limits, *check.sizes.alone, None))
     jobs = _saturating(check, engine)
     figure = serve_jobs(engine, limits, "128 in, 128 out, saturated", jobs, check.sizes.batch, 28_000)
-    check.add(f"{name}, fp8", figure)
+    check.add(f"{name}, {quantization}", figure)
 
 
 def _saturating(check: Check, engine: Engine) -> list[Any]:
@@ -374,8 +378,9 @@ def main(argv: list[str] | None = None) -> int:
     if {"speed", "logits", "peers"} & args.sections:
         measure_models(check, args.sections)
     if "fp8" in args.sections:
-        check.attempt("fp8", lambda: measure_fp8(check), needs=60.0)
-        _free(device)
+        for quantization in ("fp8", "fp8_dynamic"):
+            check.attempt(quantization, partial(measure_fp8, check, quantization), needs=60.0)
+            _free(device)
     if "micro" in args.sections:
         check.attempt("micro", lambda: measure_kernels(check), needs=60.0)
     write_results(check, args.out, args.sections)

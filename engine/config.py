@@ -7,8 +7,11 @@ from typing import Literal
 import msgspec
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["int8", "int4", "fp8", "gguf"]
-"""How products hold their weights: rounded at load, or (`gguf`) in the file's own blocks, as they are."""
+Quantization = Literal["int8", "int4", "fp8", "fp8_dynamic", "gguf"]
+"""How products hold their weights: rounded at load, or (`gguf`) in the file's own blocks, as they are.
+
+`fp8_dynamic` rounds what they are multiplied with too, each row as it comes.
+"""
 
 
 class KVCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

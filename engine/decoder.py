@@ -9,7 +9,7 @@ product at a time, and the module's copy is dropped at once, so that they are he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tokenmill.engine import decoder_spec as spec
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.kernel_set import Mixture, Product, ReferenceKernels
+from tokenmill.engine.kernel_set import Mixture, Normalize, Product, ReferenceKernels
 
-Normalize = Callable[[Tensor], Tensor]
 NOTHING = torch.empty(0)
 
 
@@ -75,15 +74,22 @@ class Decoder:
     def _block(self, layer: spec.Layer) -> _Block:
         attention = layer.attention
         make = self._kernels.make_linear
+        qkv = make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None)
+        feed = self._dense(layer.mlp) if isinstance(layer.mlp, spec.MLP) else self._sparse(layer.mlp)
+        # A mixture and its router read rows as they are.
+        up = [feed.up] if isinstance(feed, _Dense) else []
+        readers = [qkv]
+        if layer.parallel:
+            readers = [qkv, *up] if up else []
         block = _Block(
             layer,
-            attention_in=self._normalize(layer.attention_in),
+            attention_in=self._normalize(layer.attention_in, readers),
             attention_out=self._normalize(layer.attention_out) if layer.attention_out else None,
-            mlp_in=self._normalize(layer.mlp_in),
+            mlp_in=self._normalize(layer.mlp_in, up),
             mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
-            qkv=make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None),
+            qkv=qkv,
             out=make([attention.out.weight], [attention.out.bias], None),
-            feed=self._dense(layer.mlp) if isinstance(layer.mlp, spec.MLP) else self._sparse(layer.mlp),
+            feed=feed,
         )
         _drop(*attention.qkv, attention.out)
         return block
@@ -112,13 +118,13 @@ class Decoder:
         _drop(experts.router, experts, *([] if gate is None else [gate]))
         return sparse
 
-    def _normalize(self, norm: spec.Norm | None) -> Normalize:
+    def _normalize(self, norm: spec.Norm | None, into: Sequence[Product] = ()) -> Normalize:
         if norm is None:
             return lambda x: x
         kernels, weight, eps = self._kernels, norm.weight, norm.eps
         if norm.mean:
             return lambda x: kernels.layer_norm(x, weight, norm.bias, eps)
-        return lambda x: kernels.rms_norm(x, weight, eps, norm.offset)
+        return kernels.make_norm(weight, eps, norm.offset, into)
 
     def __call__(
         self,

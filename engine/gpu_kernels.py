@@ -3,6 +3,7 @@
     rows ≤ 64   our skinny product: at the memory's speed, and the same bits in any crowd
     more        cuBLAS, which is nearer the matrix units' rate; ours for quantized weights, and with
                 `deterministic`, slower, in the few rows' order of sums
+                `fp8_dynamic`: one product for any number, always in the same order of sums (gpu_fp8.py)
 
 Buffers that outlive a step (workspaces, plans) are made by `reserve` and at first use, never while serving, so
 that captured graphs may keep their addresses.
@@ -22,10 +23,12 @@ from torch.nn import functional
 
 from tokenmill.engine.block_weight import Weight, join, join_biases
 from tokenmill.engine.config import Quantization
+from tokenmill.engine.gpu_fp8 import Fp8Linear
 from tokenmill.engine.kernel_set import (
     Adjustments,
     Lookup,
     Mixture,
+    Normalize,
     Product,
     ReferenceKernels,
     Settings,
@@ -47,7 +50,7 @@ class GpuKernels(ReferenceKernels):
     name = "triton"
     captures = True
     fp8_cache = True
-    quantizations = frozenset({"fp8", "int8", "int4"})
+    quantizations = frozenset({"fp8", "fp8_dynamic", "int8", "int4"})
 
     def __init__(
         self,
@@ -135,9 +138,20 @@ class GpuKernels(ReferenceKernels):
         normed: Tensor = gpu.rms_norm(_rowwise(x), weight, eps, offset)
         return normed
 
+    def make_norm(self, weight: Tensor, eps: float, offset: float, into: Sequence[object]) -> Normalize:
+        if not into or not all(isinstance(product, Fp8Linear) for product in into):
+            return super().make_norm(weight, eps, offset, into)
+
+        def norm(x: Tensor) -> Any:
+            return gpu.rms_norm_rows(_rowwise(x), weight, eps, offset)
+
+        return norm
+
     def make_linear(
         self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
     ) -> Product:
+        if self.quantization == "fp8_dynamic":
+            return Fp8Linear(join(weights), join_biases(weights, biases), gate)
         weight = self._quantized(join(weights))
         return self._product(weight, join_biases(weights, biases), gate)
 
@@ -161,6 +175,8 @@ class GpuKernels(ReferenceKernels):
             raise LoadError(f"quantization {self.quantization}: {error}") from None
 
     def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        if self.quantization == "fp8_dynamic":
+            raise LoadError("quantization fp8_dynamic isn't done for a mixture of experts yet; say fp8")
         gate_up, down = self._quantized(gate_up), self._quantized(down)
         tile = DECODE_TILE if self.deterministic else None
         mix = partial(gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile)

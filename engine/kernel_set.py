@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tokenmill.kernels.cpu.linear import PackedLinear
 
 logger = logging.getLogger("tokenmill.engine")
+Normalize = Callable[[Tensor], Tensor]
+"""x [T, hidden] → what the products that follow take."""
 Lookup = Callable[[Tensor], Tensor]
 """ids [T] int64 → rows [T, hidden] of the embedding."""
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -126,6 +128,10 @@ class ReferenceKernels:
     def plan_attention(self, decodes: int) -> AttentionPlans | None:
         """What a step's layers share; its first `decodes` rows have one token each."""
         return None
+
+    def make_norm(self, weight: Tensor, eps: float, offset: float, into: Sequence[object]) -> Normalize:
+        """An RMS norm whose result goes into the products `into` and nowhere else (none: anywhere)."""
+        return lambda x: self.rms_norm(x, weight, eps, offset)
 
     def make_linear(
         self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None

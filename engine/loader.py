@@ -40,6 +40,7 @@ __all__ = ["LoadError", "LoadedModel", "Progress", "load"]
 
 DEFAULT_CONTEXT = 4096
 SAMPLES = 16
+FP8_CAPABILITY = (8, 9)
 STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -120,8 +121,14 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
 
 def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:
     """Say early, before weights are read, what can't be had on this device or of these files."""
-    if wanted == "fp8" and device.type == "cpu":
-        raise LoadError("quantization fp8 needs a GPU; int8 and int4 work on a CPU")
+    if wanted in ("fp8", "fp8_dynamic"):
+        if device.type == "cpu":
+            raise LoadError(f"quantization {wanted} needs a GPU; int8 and int4 work on a CPU")
+        if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise LoadError(
+                f"quantization {wanted} needs a GPU that knows 8-bit floats (compute capability 8.9 or later); "
+                "int8 and int4 work on this one"
+            )
     if wanted == "gguf" and checkpoint.gguf_file is None:
         raise LoadError(
             "quantization gguf keeps the blocks of a .gguf file, and this is none; say int8 or int4"
@@ -316,5 +323,6 @@ def _describe(
 ) -> str:
     size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
-    held = "" if quantization is None else f", {quantization} weights"
+    special = {None: "", "fp8_dynamic": ", fp8 weights and activations"}
+    held = special.get(quantization, f", {quantization} weights")
     return f"{model_type}, {size} parameters, {name} on {device}{held}"

@@ -23,7 +23,7 @@ class ModelSize:
     expert_share: float
 
 
-BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.625}
+BYTES = {"int8": 1.0, "fp8": 1.0, "fp8_dynamic": 1.0, "int4": 0.625}
 """Bytes of a rounded weight's element; 4 bits with the scale and minimum of 32."""
 
 

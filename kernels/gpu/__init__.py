@@ -12,6 +12,7 @@ from typing import Any
 
 _HOMES = {
     "rms_norm": "norms",
+    "rms_norm_rows": "norms",
     "add_rms_norm": "norms",
     "activation_mul": "activation",
     "store_kv": "kv_store",
@@ -43,6 +44,10 @@ _HOMES = {
     "quantize_fp8": "quantize",
     "quantize_int8": "quantize",
     "quantize_int4": "quantize",
+    "Fp8Rows": "fp8_rows",
+    "quantize_rows": "fp8_rows",
+    "fp8_linear": "fp8_matmul",
+    "interleaved": "fp8_matmul",
     "overlapping_launches": "overlap",
     "supports_overlap": "overlap",
     "compile_all": "warmup",

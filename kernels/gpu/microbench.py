@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import gpu
+from tokenmill.kernels.gpu.fp8_rows import Fp8Rows
 from tokenmill.kernels.gpu.linear_config import MEASURED, candidates
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
 
@@ -31,6 +32,7 @@ class Limits:
 
     bytes_per_second: float  # device copy, bytes read and written
     operations_per_second: float  # bfloat16 matmul, multiplications and additions
+    fp8_operations_per_second: float  # the same with both operands in e4m3; 0 where the chip has none
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Work:
     calls: Sequence[Callable[[], object]]
     bytes: float
     operations: float = 0.0
+    fp8: bool = False  # both operands of its products are in e4m3
+
+    def bound(self, limits: Limits) -> float:
+        """The least seconds that the machine could take for it."""
+        rate = limits.fp8_operations_per_second if self.fp8 else limits.operations_per_second
+        return max(self.bytes / limits.bytes_per_second, self.operations / rate)
 
 
 def seconds_of(calls: Sequence[Callable[[], object]]) -> float:
@@ -69,7 +77,7 @@ def _event() -> torch.cuda.Event:
 
 
 def measure_limits(device: torch.device) -> Limits:
-    """Copy 1 GiB and multiply two random 8192 x 8192 matrices in bfloat16."""
+    """Copy 1 GiB and multiply two random 8192 x 8192 matrices, in bfloat16 and in e4m3."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -77,6 +85,24 @@ def measure_limits(device: torch.device) -> Limits:
     return Limits(
         2 * source.numel() / seconds_of([lambda: target.copy_(source)]),
         2 * 8192**3 / seconds_of([lambda: torch.mm(a, b, out=out)]),
+        fp8_matmul_rate(device),
+    )
+
+
+def fp8_matmul_rate(device: torch.device, size: int = 8192) -> float:
+    """Operations a second of torch's product of two random matrices in e4m3; 0 where the chip has none."""
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return 0.0
+    a, b = (gpu.quantize_rows(torch.randn(size, size, device=device, dtype=torch.bfloat16)) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size**3 / seconds_of([_torch_product(a, b.data, b.scale, out)])
+
+
+def _torch_product(x: Fp8Rows, weight: Tensor, scale: Tensor, out: Tensor) -> Callable[[], object]:
+    """torch's own product of the same operands, its sums left to the matrix unit."""
+    row, column = x.scale[:, None], scale[None, :]
+    return lambda: torch._scaled_mm(
+        x.data, weight.T, row, column, out_dtype=out.dtype, use_fast_accum=True, out=out
     )
 
 
@@ -123,6 +149,33 @@ def _linears(device: torch.device) -> Iterator[Work]:
                 label = f"{rows} x {inputs} to {outputs}{' gated' if activation else ''}"
                 moved = _bytes(weights[0]) + x.nbytes + out.nbytes
                 yield Work(f"linear {name}", label, calls, moved, 2.0 * rows * inputs * outputs)
+
+
+def _products(device: torch.device) -> Iterator[Work]:
+    """From one row to a step full of them: bfloat16, 8-bit weights, 8 bits on both sides by us and by torch."""
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    eight = torch.cuda.get_device_capability(device) >= (8, 9)
+    for outputs, inputs in ((4096, 4096), (28672, 4096), (4096, 14336)):
+        plain = [stored(weight)[0] for weight in _weights(make(outputs, inputs), "bf16")]
+        rounded = [stored(weight) for weight in _weights(make(outputs, inputs), "fp8")] if eight else []
+        weights = [gpu.QuantizedWeight(*parts) for parts in rounded]
+        for rows in (1, 32, 256, 2048):
+            x, out = make(rows, inputs), make(rows, outputs)
+            shape, operations = f"{rows} x {inputs} to {outputs}", 2.0 * rows * inputs * outputs
+            work = partial(Work, shape=shape, operations=operations)
+            calls: Sequence[Callable[[], object]] = [partial(torch.mm, x, w.T, out=out) for w in plain]
+            yield work("product bf16, torch", calls=calls, bytes=plain[0].nbytes + x.nbytes + out.nbytes)
+            if not eight:
+                continue
+            calls = [partial(gpu.linear, x, weight, out=out) for weight in weights]
+            yield work("product fp8 x bf16", calls=calls, bytes=_bytes(weights[0]) + x.nbytes + out.nbytes)
+            codes, moved = gpu.quantize_rows(x), _bytes(weights[0]) + x.nbytes / 2 + out.nbytes
+            calls = [partial(gpu.fp8_linear, codes, weight, out=out) for weight in weights]
+            yield work("product fp8 x fp8", calls=calls, bytes=moved, fp8=True)
+            calls = [_torch_product(codes, data, scale, out) for data, scale, _ in rounded]
+            yield work("product fp8 x fp8, torch", calls=calls, bytes=moved, fp8=True)
+            calls = [partial(gpu.quantize_rows, x, out=codes)]
+            yield Work("quantize_rows", f"{rows} x {inputs}", calls, 1.5 * x.nbytes)
 
 
 def _decode_attention(device: torch.device) -> Iterator[Work]:
@@ -203,11 +256,11 @@ def measure_all(device: torch.device, overlap: bool = False) -> list[Row]:
         raise RuntimeError("there is nothing to time without a CUDA device")
     limits = measure_limits(device)
     rows: list[Row] = []
-    for works in (_linears, _decode_attention, _prefill_attention, _rows_and_cache, _sampler):
+    for works in (_linears, _decode_attention, _prefill_attention, _rows_and_cache, _sampler, _products):
         for work in works(device):
             with gpu.overlapping_launches(overlap and gpu.supports_overlap(device)):
                 seconds = seconds_of(work.calls)
-            bound = max(work.bytes / limits.bytes_per_second, work.operations / limits.operations_per_second)
+            bound = work.bound(limits)
             rows.append(
                 {
                     "kernel": work.name,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import reference
+from tokenmill.kernels.gpu.fp8_rows import SMALLEST, Fp8Rows
+from tokenmill.kernels.gpu.jit import FP8, FP8_MAX
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
 
 
@@ -27,6 +29,37 @@ def linear(
         out = out + bias.float()
     if activation is not None:
         out = reference.activation_mul(out, activation)
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype)
+
+
+def quantize_rows(x: Tensor) -> Fp8Rows:
+    """Twin of `fp8_rows.quantize_rows`, to the bit."""
+    wide = x.float()
+    finite = torch.isfinite(wide).all(1)
+    largest = wide.abs().nan_to_num(0.0).amax(1).clamp(min=SMALLEST) if x.shape[1] else wide.new_zeros(len(x))
+    # A number divided by a tensor would be a product with its rounded reciprocal.
+    per_unit = torch.where(finite, torch.full_like(largest, FP8_MAX) / largest, 0.0)
+    codes = torch.where(finite[:, None], wide, 0.0) * per_unit[:, None]
+    scale = torch.where(finite, largest / FP8_MAX, float("nan"))
+    return Fp8Rows(codes.clamp(-FP8_MAX, FP8_MAX).to(FP8), scale, x.dtype)
+
+
+def fp8_linear(
+    x: Fp8Rows,
+    weight: QuantizedWeight,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Twin of `fp8_matmul.fp8_linear`, in float32 throughout and rounded once."""
+    out = x.data.float() @ weight.data.float().T * weight.scale * x.scale[:, None]
+    if bias is not None:
+        out = out + bias.float()
+    if activation is not None:
+        out = reference.activation_mul(torch.cat((out[:, 0::2], out[:, 1::2]), dim=1), activation)
     if residual is not None:
         out = out + residual.float()
     return out.to(x.dtype)

@@ -7,6 +7,7 @@ mustn't be, shows as an infinite error.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels import gpu, reference
-from tokenmill.kernels.gpu import reference_gpu
+from tokenmill.kernels.gpu import reference_gpu, selfcheck_fp8
 from tokenmill.kernels.gpu.cases import PagedCase, paged_case, poisoned, relative_error
 from tokenmill.kernels.gpu.jit import FP8, INTERPRETED
 
@@ -324,6 +325,19 @@ def _linears(bench: _Bench) -> Iterator[CheckResult]:
                 yield CheckResult(_name(f"linear, {name}, {activation}", dtype), error, TOLERANCE[dtype])
 
 
+def _fp8(bench: _Bench) -> Iterator[CheckResult]:
+    inputs = 3 * bench.width + 16
+    found = selfcheck_fp8.compare_with_reference(
+        bench.generator, bench.device, bench.dtypes, bench.rows, inputs
+    )
+    return itertools.starmap(CheckResult, found)
+
+
+def _fp8_crowds(bench: _Bench) -> Iterator[CheckResult]:
+    found = selfcheck_fp8.compare_crowds(bench.generator, bench.device, bench.width, 4096)
+    return itertools.starmap(CheckResult, found)
+
+
 _QUANTIZERS: dict[str, Callable[[Tensor], Any]] = {
     "fp8": lambda weight: gpu.quantize_fp8(weight),
     "int8": lambda weight: gpu.quantize_int8(weight),
@@ -420,8 +434,8 @@ def check_all(device: torch.device, seed: int) -> list[CheckResult]:
     bench = _bench(device, seed)
     checks = [
         _elementwise, _rope_store, _attention, _fp8_cache, _attention_rows, _logits, _draws, _linears,
-        _experts,
+        _fp8, _experts,
     ]  # fmt: skip
     if device.type == "cuda":
-        checks += [_graph, _overlap]
+        checks += [_graph, _overlap, _fp8_crowds]
     return [result for check in checks for result in check(bench)]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +81,16 @@ class _Dummies:
         if shapes.quantization == "int4":
             packed = self.of(*shape[:-1], shape[-1] // 2, dtype=torch.uint8)
             return QuantizedWeight(packed, self.floats(*shape[:-1], shape[-1] // 64), 64)
-        dtype = FP8 if shapes.quantization == "fp8" else torch.int8
+        dtype = torch.int8 if shapes.quantization == "int8" else FP8
         return QuantizedWeight(self.of(*shape, dtype=dtype), self.floats(*shape[:-1]), 0)
+
+
+def _product(x: Tensor, weight: Tensor | QuantizedWeight, **keywords: Any) -> object:
+    return gpu.linear(x, weight, **keywords)
+
+
+def _fp8_product(x: Tensor, weight: QuantizedWeight, **keywords: Any) -> object:
+    return gpu.fp8_linear(gpu.quantize_rows(x), weight, **keywords)
 
 
 def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Step]:
@@ -89,14 +99,18 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
     norm = make.of(shapes.hidden, dtype=shapes.dtype)
     yield "rms_norm", lambda: gpu.rms_norm(x, norm, 1e-5, shapes.norm_offset)
     yield "add_rms_norm", lambda: gpu.add_rms_norm(x, x.clone(), norm, 1e-5, shapes.norm_offset)
+    product: Callable[..., object] = _product
+    if shapes.quantization == "fp8_dynamic":
+        product = _fp8_product
+        yield "rms_norm_rows", lambda: gpu.rms_norm_rows(x, norm, 1e-5, shapes.norm_offset)
     gate_up = make.of(rows, 2 * shapes.intermediate, dtype=shapes.dtype)
     yield "activation_mul", lambda: gpu.activation_mul(gate_up, shapes.activation)
     width = shapes.heads * shapes.size + shapes.kv_heads * (shapes.size + shapes.value_size)
     query_width, inner = shapes.heads * shapes.value_size, shapes.intermediate
     wide = make.of(rows, query_width, dtype=shapes.dtype)
     qkv, out = make.weight(shapes, width, shapes.hidden), make.weight(shapes, shapes.hidden, query_width)
-    yield "linear, q/k/v", lambda: gpu.linear(x, qkv)
-    yield "linear, output", lambda: gpu.linear(wide, out)
+    yield "linear, q/k/v", lambda: product(x, qkv)
+    yield "linear, output", lambda: product(wide, out, residual=x)
     if shapes.experts:
         router = make.floats(rows, shapes.experts)
         ids, weights = make.ints(rows, shapes.experts_per_token), make.floats(rows, shapes.experts_per_token)
@@ -110,8 +124,8 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         first = make.weight(shapes, 2 * inner, shapes.hidden)
         second = make.weight(shapes, shapes.hidden, inner)
         middle = make.of(rows, inner, dtype=shapes.dtype)
-        yield "linear, gate/up", lambda: gpu.linear(x, first, activation=shapes.activation)
-        yield "linear, down", lambda: gpu.linear(middle, second)
+        yield "linear, gate/up", lambda: product(x, first, activation=shapes.activation)
+        yield "linear, down", lambda: product(middle, second, residual=x)
 
 
 def _cache_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Step]:
@@ -191,6 +205,7 @@ def compile_all(
 
 _OFFLINE = (
     ModelShapes(batches=(1, 32, 128)),
+    ModelShapes(quantization="fp8_dynamic", batches=(1, 32, 64, 256, 4096)),
     ModelShapes(size=64, value_size=64, rotary=32, quantization="fp8", cache_dtype=FP8, batches=(1, 128)),
     ModelShapes(size=80, value_size=80, rotary=16, quantization="int8", batches=(1,)),
     ModelShapes(
@@ -215,6 +230,7 @@ def _summary(kernel: CompiledKernel, overlap: bool) -> dict[str, object]:
         **row,
         "mma": ptx.count("mma.sync"),
         "wgmma": ptx.count("wgmma.mma_async"),
+        "wgmma_e4m3": len(re.findall(r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3", ptx)),
         "overlap": overlap,
         "waits": bool(after),
         "reads_before_wait": bool(after) and ("ld.global" in before or "cp.async" in before),
@@ -228,7 +244,7 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true", required=True)
     parser.parse_args()
     rows = []
-    for overlap, models in ((False, _OFFLINE), (True, _OFFLINE[:1])):
+    for overlap, models in ((False, _OFFLINE), (True, _OFFLINE[:2])):
         with compiling_for(90) as kernels, overlapping_launches(overlap):
             for shapes in models:
                 compile_all(shapes, META)

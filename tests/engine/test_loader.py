@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from tokenmill.engine import LLM, SamplingParams, attention, gguf_cache, guards, loader
-from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.checkpoint import resolve
+from tokenmill.engine.config import EngineConfig, Quantization
 from tokenmill.engine.engine import InvalidRequest
 from tokenmill.engine.guards import Verdict
 from tokenmill.engine.load_error import LoadError
@@ -133,6 +134,7 @@ def test_a_model_without_a_limit_takes_any_context() -> None:
     ("options", "words"),
     [
         ({"quantization": "fp8"}, "quantization fp8 needs a GPU"),
+        ({"quantization": "fp8_dynamic"}, "quantization fp8_dynamic needs a GPU"),
         ({"quantization": "gguf"}, "keeps the blocks of a .gguf file, and this is none"),
         ({"compile": True}, "compile isn't supported"),
         ({"device": "tpu9"}, "device 'tpu9' is none"),
@@ -144,6 +146,18 @@ def test_a_model_without_a_limit_takes_any_context() -> None:
 )
 def test_refuses_options(options: dict[str, Any], words: str) -> None:
     assert words in refusal(tiny("llama"), **options)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_dynamic"])
+def test_refuses_8_bit_floats_on_older_gpus(
+    quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, gpu = resolve(str(tiny("llama")), None, lambda *_: None), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    loader._refuse_quantization(quantization, checkpoint, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    with pytest.raises(LoadError, match=rf"quantization {quantization} needs .* capability 8\.9 or later"):
+        loader._refuse_quantization(quantization, checkpoint, gpu)
 
 
 @pytest.mark.parametrize(

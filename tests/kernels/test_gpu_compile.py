@@ -31,7 +31,8 @@ def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
         "rms_norm_kernel", "activation_mul_kernel", "store_kernel", "rope_store_kernel", "copy_kernel",
         "plan_kernel", "decode_kernel", "tiles_kernel", "prefill_kernel", "adjust_kernel", "bias_kernel",
         "bitmask_kernel", "threshold_kernel", "keep_kernel", "choose_kernel", "logprobs_kernel",
-        "linear_kernel", "route_kernel", "count_kernel", "lay_out_kernel", "expert_kernel", "sum_kernel",
+        "linear_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "route_kernel", "count_kernel",
+        "lay_out_kernel", "expert_kernel", "sum_kernel",
     }  # fmt: skip
     assert {kernel["name"] for kernel in kernels} == expected
 
@@ -48,12 +49,12 @@ def test_overlapping_kernels_wait_before_they_read(kernels: list[dict[str, Any]]
     waiting = {kernel["name"] for kernel in kernels if kernel["overlap"] and kernel["waits"]}
     assert waiting >= {
         "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel",
-        "activation_mul_kernel", "store_kernel",
+        "activation_mul_kernel", "store_kernel", "quantize_rows_kernel", "fp8_linear_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert not kernel["reads_before_wait"], kernel
         assert kernel["overlap"] or not kernel["waits"], kernel
-        if kernel["overlap"] and kernel["name"] == "linear_kernel":
+        if kernel["overlap"] and kernel["name"] in ("linear_kernel", "fp8_linear_kernel"):
             assert kernel["prefetches_before_wait"], kernel
 
 
@@ -63,3 +64,6 @@ def test_the_matmuls_use_the_matrix_units(kernels: list[dict[str, Any]]) -> None
             assert kernel["mma"] or kernel["wgmma"], kernel
         if kernel["name"] == "prefill_kernel":
             assert kernel["wgmma"], kernel
+        if kernel["name"] == "fp8_linear_kernel":
+            assert kernel["wgmma_e4m3"] == kernel["wgmma"] > 0, kernel
+            assert not kernel["mma"], kernel
