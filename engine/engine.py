@@ -57,8 +57,10 @@ class Engine:
         began = time.perf_counter()
         self.config = config
         self.model: LoadedModel = load(config, progress) if model is None else model
-        self.runner = ModelRunner(self.model, config)
         on_gpu = self.model.device.type == "cuda"
+        self._gpu = self.model.device if on_gpu else None
+        self._select_device()
+        self.runner = ModelRunner(self.model, config)
         self.overlap = on_gpu if config.overlap is None else config.overlap
         forward = self.runner.forward
         logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
@@ -93,8 +95,14 @@ class Engine:
         """Whether an idle moment is of use (`work_idly`)."""
         self.load_seconds = time.perf_counter() - began
 
+    def _select_device(self) -> None:
+        """Events, streams and Triton's launches go to the thread's current device, which need not be the model's."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+
     def warm_up_next(self) -> None:
         """Capture one more bucket of decode steps. `step` does so, too, until all are there."""
+        self._select_device()
         self.warming = self.runner.capture_next()
 
     def work_idly(self) -> None:
@@ -180,6 +188,11 @@ class Engine:
                     else:
                         self.scheduler.add(orphans[0])
 
+    def abort_all(self) -> None:
+        """Stop every request, at once."""
+        for request in list(self._requests):
+            self.abort(request)
+
     # ---------------------------------------------------------------- the step
 
     @property
@@ -188,6 +201,7 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run the loop once; returns the news since the last call."""
+        self._select_device()
         self._admit_compiled()
         began = time.perf_counter()
         step = self.scheduler.schedule()

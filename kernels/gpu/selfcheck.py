@@ -66,7 +66,7 @@ def _bench(device: torch.device, seed: int) -> _Bench:
     generator = torch.Generator().manual_seed(seed)
     if INTERPRETED:
         return _Bench(device, generator, (torch.bfloat16,), 3, 200, 1500, 100, slice(1, None, 3))
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return _Bench(device, generator, dtypes, 33, 4096, 128256, 5000, slice(None))
 
 
@@ -415,8 +415,11 @@ def _overlap(bench: _Bench) -> Iterator[CheckResult]:
         yield CheckResult("overlapping launches change nothing", _differing(out, expected), 0.0)
 
 
-def check_all(device: torch.device, seed: int) -> list[CheckResult]:
-    """Run every check on inputs drawn from `seed`; small ones under the interpreter, true sizes on a GPU."""
+def check_groups(device: torch.device, seed: int) -> dict[str, Iterator[CheckResult]]:
+    """Every check, those of a kind together and in order, on inputs drawn from `seed`.
+
+    Small inputs under the interpreter, true sizes on a GPU. A group's checks run as its iterator is advanced.
+    """
     bench = _bench(device, seed)
     checks = [
         _elementwise, _rope_store, _attention, _fp8_cache, _attention_rows, _logits, _draws, _linears,
@@ -424,4 +427,9 @@ def check_all(device: torch.device, seed: int) -> list[CheckResult]:
     ]  # fmt: skip
     if device.type == "cuda":
         checks += [_graph, _overlap]
-    return [result for check in checks for result in check(bench)]
+    return {check.__name__.lstrip("_"): check(bench) for check in checks}
+
+
+def check_all(device: torch.device, seed: int) -> list[CheckResult]:
+    """The results of all `check_groups`."""
+    return [result for group in check_groups(device, seed).values() for result in group]
