@@ -158,14 +158,15 @@ def supervise(
         code = _run(command(left), left)
         if code == 0:
             return
+        if code == LOST_GPU:
+            continue  # the part that lost it has said so
         stopped = set(journal.unfinished())
         for name in stopped or {section}:
-            journal.note(
-                "failure", what=f"{name}: its process {_ending(code)} (the output says where it stood)"
-            )
+            what = f"{name}: its process {_ending(code)} (the output says where it stood)"
+            journal.note("failure", what=what)
         for name in stopped:
             journal.note("done", name=name, seconds=0.0)
-        if (not stopped and code != LOST_GPU) or stopped & broken:
+        if not stopped or stopped & broken:
             return
         broken |= stopped
 
