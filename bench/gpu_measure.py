@@ -59,6 +59,7 @@ def free(device: torch.device) -> None:
     """Give back what no one holds any more, cycles included."""
     import torch
 
+    gc.unfreeze()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
