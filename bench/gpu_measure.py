@@ -56,7 +56,7 @@ def _saturating(check: Check, engine: Engine) -> list[Any]:
 
 
 def free(device: torch.device) -> None:
-    """Give back what no one holds any more, cycles included."""
+    """Give back what no one holds any more, cycles included; `make_engine` hid them from the collector."""
     import torch
 
     gc.unfreeze()
@@ -197,10 +197,8 @@ def measure_kernels(check: Check) -> None:
         return
     limits, overlap = measure_limits(check.device), supports_overlap(check.device)
     for kind in KINDS:
-        check.attempt(
-            f"micro: {kind}",
-            lambda kind=kind: _time_kind(check, measure(kind, check.device, limits, overlap)),
-        )
+        rows = measure(kind, check.device, limits, overlap)
+        check.attempt(f"micro: {kind}", partial(_time_kind, check, rows))
 
 
 def _time_kind(check: Check, rows: Iterator[dict[str, float | str]]) -> None:
