@@ -131,7 +131,6 @@ def _parts(
         varied = _jobs(Workload("nano-vllm"), sizes, sizes.jobs, engine)
         work = figure(lambda: serve_jobs(engine, limits, "nano-vllm's workload", varied, sizes.batch, 30_000))
         yield "nano-vllm's workload", work, 40.0
-        yield "sampler", figure(lambda: sampler_share(engine, sizes.rounds, 0.05)), 5.0
         if check.device.type == "cuda":
             yield "idle share", figure(lambda: idle_share(engine, 64, 40, 0.005)), 10.0
         jobs = _peer_jobs(check, engine)
@@ -144,6 +143,7 @@ def _parts(
         )
         yield "saturated", work, 20.0
     if name == "Llama-3.1-8B" or check.device.type != "cuda":
+        yield "sampler", figure(lambda: sampler_share(engine, sizes.rounds, 0.05)), 5.0
         yield "prefill", figure(lambda: prefill(engine, limits, *sizes.prefill, 0.65)), 10.0
 
 

@@ -47,7 +47,8 @@ def test_a_rehearsal_runs_and_writes_its_results(tmp_path: Path, capsys: pytest.
     assert [row["model"] for row in result["logits"]] == ["Qwen3-0.6B"]
     assert result["logits"][0]["error"] < 1e-5
     names = [figure["name"] for figure in result["figures"]]
-    assert names[:3] == ["decode, batch 1", "nano-vllm's workload", "sampler with every feature on"]
+    assert names[:2] == ["decode, batch 1", "nano-vllm's workload"]
+    assert {"sampler with every feature on", "the peer's jobs"} <= set(names)
     assert (tmp_path / "gpu-check.png").stat().st_size > 1000
     assert out.rstrip().splitlines()[-1].startswith("passed in ")
 
