@@ -33,6 +33,8 @@ from tokenmill.bench.gpu_runner import RESERVE_S, Check, supervise
 from tokenmill.bench.machine import describe_versions
 
 SECTIONS = ("kernels", "texts", "logits", "speed", "peers", "fp8", "micro")
+UNIT_S = 240.0
+"""Most seconds of one process's section, its beginnings anew included."""
 
 
 def units(sections: set[str], models: list[str]) -> list[str]:
@@ -120,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.unit is not None:
         check = Check(device, sizes, args.budget, args.seed, journal, own_process=True)
         run_unit(check, args.unit, sections)
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # without taking down what the GPU holds, which the system does as well
     began = time.monotonic()
     journal.file.unlink(missing_ok=True)
     print(f"seed {args.seed}, {describe_versions()}", flush=True)
@@ -131,12 +134,8 @@ def main(argv: list[str] | None = None) -> int:
             run_unit(check, unit, sections)
     else:
         for unit in wanted:
-            supervise(
-                unit,
-                partial(_command, args, unit),
-                journal,
-                args.budget - RESERVE_S / 2 - (time.monotonic() - began),
-            )
+            left = args.budget - RESERVE_S / 2 - (time.monotonic() - began)
+            supervise(unit, partial(_command, args, unit), journal, min(left, UNIT_S))
     found, seconds = Findings.read(journal), time.monotonic() - began
     about = {"sections": args.sections, "models": args.models, "seed": args.seed, "seconds": seconds}
     write_results(found, args.out, about)
