@@ -210,6 +210,14 @@ def _attention_rows(bench: _Bench) -> Iterator[CheckResult]:
             case.query[:1], case.k_cache, case.v_cache, case.block_table[:1], case.seq_lens[:1], scale=0.1
         )
         yield CheckResult(_name("decode: a row alone = in a crowd", dtype), _differing(alone, crowd[:1]), 0.0)
+        # Many rows fill the chip by themselves, so that one program walks each.
+        case = paged_case(bench.generator, [bench.context] + [9] * 139, [1] * 140, **shape)
+        crowd = gpu.paged_attention_decode(*case.arguments[:5], scale=0.1)
+        alone = gpu.paged_attention_decode(
+            case.query[:1], case.k_cache, case.v_cache, case.block_table[:1], case.seq_lens[:1], scale=0.1
+        )
+        differing = _differing(alone, crowd[:1])
+        yield CheckResult(_name("decode: a row split up = walked at once", dtype), differing, 0.0)
         length = min(bench.context, 400)
         case = paged_case(bench.generator, [length], [length], **shape)
         whole = gpu.paged_attention_prefill(*case.arguments, scale=0.1)
