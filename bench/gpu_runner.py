@@ -173,7 +173,7 @@ def supervise(
 
 def _run(command: Sequence[str], limit: float) -> int | None:
     """The exit code of a process, which is killed with all that it started past `limit` seconds: None."""
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, process_group=0)
     try:
         return process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
