@@ -175,8 +175,13 @@ def covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
     return busy, end - ordered[0][0]
 
 
-def transformers_batch(fields: dict[str, Any], device: Any, dtype: Any, jobs: Sequence[Job]) -> Figure:
-    """transformers' own continuous batching on jobs of one output length, in output tokens a second."""
+def transformers_batch(
+    fields: dict[str, Any], device: Any, dtype: Any, jobs: Sequence[Job], graphs: bool | None
+) -> Figure:
+    """transformers' own continuous batching on jobs of one output length, in output tokens a second.
+
+    `graphs`: with CUDA graphs or without; None leaves that to it.
+    """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     from tokenmill.bench.gpu_models import build_module
@@ -189,7 +194,7 @@ def transformers_batch(fields: dict[str, Any], device: Any, dtype: Any, jobs: Se
     options: Any = ContinuousBatchingConfig
     # A GPU's memory is the library's to divide; of a CPU's it would take nearly all.
     cache: dict[str, int] = {} if device.type == "cuda" else {"num_blocks": 8, "max_batch_tokens": 64}
-    batching = options(use_cuda_graph=device.type == "cuda", allow_block_sharing=False, **cache)
+    batching = options(use_cuda_graph=graphs, allow_block_sharing=False, **cache)
     answers = module.generate_batch(
         inputs=prompts,
         generation_config=settings,
@@ -201,7 +206,8 @@ def transformers_batch(fields: dict[str, Any], device: Any, dtype: Any, jobs: Se
     starts = [answer.created_time for answer in answers.values()]
     if made < outputs * len(prompts) or not stamps:
         raise RuntimeError(f"{made} of {outputs * len(prompts)} tokens came back")
-    return Figure("transformers generate_batch", made / (max(stamps) - min(starts)), "tok/s")
+    name = "transformers generate_batch" + (", graphs" if graphs else "")
+    return Figure(name, made / (max(stamps) - min(starts)), "tok/s")
 
 
 def _seconds(work: Callable[[], object], rounds: int) -> float:
