@@ -150,6 +150,7 @@ def make_engine(
     from tokenmill.engine.config import EngineConfig
     from tokenmill.engine.cuda_graph import record
     from tokenmill.engine.engine import Engine
+    from tokenmill.engine.garbage import leave_alone
 
     config = EngineConfig(
         source="random", max_context=max_context, max_batch=max_batch, overlap=True, **settings
@@ -160,4 +161,5 @@ def make_engine(
         engine.warming = True
     while engine.warming:
         engine.warm_up_next()
+    leave_alone()  # as a server's engine process does
     return engine

@@ -103,7 +103,7 @@ class Driver:
             deltas = self.engine.step()
             now = time.perf_counter()
             tokens = self._record(deltas, live, now)
-            prompts = self.engine.stats().prompt_tokens
+            prompts = self.engine.prompt_tokens
             _account(run, now - stepped, tokens, prompts - prompts_before)
             prompts_before = prompts
             on_tokens(tokens)

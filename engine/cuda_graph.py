@@ -112,6 +112,7 @@ class StaticRows:
         sizes = [rows * np.dtype(kind).itemsize for _, kind in self.FIELDS]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._lines = PinnedLines(device, self._offsets[-1])
+        self._views: dict[int, list[tuple[str, NDArray[Any]]]] = {}
         self._front = torch.zeros(self._offsets[-1], dtype=torch.uint8, device=device)
         self.fields: dict[str, Tensor] = {}
         for (name, kind), at, end in zip(self.FIELDS, self._offsets, self._offsets[1:], strict=False):
@@ -127,15 +128,26 @@ class StaticRows:
 
     def fill(self, bucket: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Write the first rows of each field and pad it up to `bucket`, by one copy. Missing fields are padding."""
-        host = self._lines.take(self._offsets[-1]).numpy()
-        for (name, kind), at, end in zip(self.FIELDS, self._offsets, self._offsets[1:], strict=False):
-            line = host[at:end].view(kind)
+        for name, line in self._fields_of(self._lines.take(self._offsets[-1])):
             values = arrays.get(name)
             count = 0 if values is None else len(values)
             if values is not None:
                 line[:count] = values
-            line[count:bucket] = self._padding.get(name, 0)
+            if count < bucket:
+                line[count:bucket] = self._padding.get(name, 0)
         self._lines.send(self._front)
+
+    def _fields_of(self, buffer: Tensor) -> list[tuple[str, NDArray[Any]]]:
+        """The fields in one of the host's buffers, which are few and stay."""
+        found = self._views.get(buffer.data_ptr())
+        if found is None:
+            host, ends = buffer.numpy(), self._offsets[1:]
+            found = [
+                (name, host[at:end].view(kind))
+                for (name, kind), at, end in zip(self.FIELDS, self._offsets, ends, strict=False)
+            ]
+            self._views[buffer.data_ptr()] = found
+        return found
 
     def needs_table(self, version: int, rows: NDArray[np.int64]) -> bool:
         """Whether the block table on the device is another one than that of these slots in this version."""

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import islice
 
 import torch
 
@@ -57,8 +58,10 @@ class Engine:
         began = time.perf_counter()
         self.config = config
         self.model: LoadedModel = load(config, progress) if model is None else model
-        self.runner = ModelRunner(self.model, config)
         on_gpu = self.model.device.type == "cuda"
+        self._gpu = self.model.device if on_gpu else None
+        self._select_device()
+        self.runner = ModelRunner(self.model, config)
         self.overlap = on_gpu if config.overlap is None else config.overlap
         forward = self.runner.forward
         logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
@@ -93,8 +96,14 @@ class Engine:
         """Whether an idle moment is of use (`work_idly`)."""
         self.load_seconds = time.perf_counter() - began
 
+    def _select_device(self) -> None:
+        """Events, streams and Triton's launches go to the thread's current device, which need not be the model's."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+
     def warm_up_next(self) -> None:
         """Capture one more bucket of decode steps. `step` does so, too, until all are there."""
+        self._select_device()
         self.warming = self.runner.capture_next()
 
     def work_idly(self) -> None:
@@ -180,6 +189,16 @@ class Engine:
                     else:
                         self.scheduler.add(orphans[0])
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens computed so far."""
+        return self._prompt_tokens
+
+    def abort_all(self) -> None:
+        """Stop every request, at once."""
+        for request in list(self._requests):
+            self.abort(request)
+
     # ---------------------------------------------------------------- the step
 
     @property
@@ -188,6 +207,7 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run the loop once; returns the news since the last call."""
+        self._select_device()
         self._admit_compiled()
         began = time.perf_counter()
         step = self.scheduler.schedule()
@@ -242,18 +262,20 @@ class Engine:
         for sequence, scores in result.scores:
             if sequence.status is not Status.FINISHED:
                 self._deliver_scores(sequence, scores)
-        draws = iter(result.draws)
+        draws, size = iter(result.draws), self.pool.block_size
         for chunk in run.step.chunks:
-            sequence, stop = chunk.sequence, chunk.start + chunk.count - len(chunk.drafts)
-            drawn = [[next(draws) for _ in range(1 + len(chunk.drafts))] for _ in chunk.samplers]
-            self._prompt_tokens += max(0, min(stop, len(sequence.prompt)) - chunk.start)
-            if not (drawn and any(draw.bad for draw in drawn[0])):
+            sequence, drafts = chunk.sequence, len(chunk.drafts)
+            stop = chunk.start + chunk.count - drafts
+            drawn = [list(islice(draws, 1 + drafts)) for _ in chunk.samplers]
+            if chunk.start < len(sequence.prompt):
+                self._prompt_tokens += min(stop, len(sequence.prompt)) - chunk.start
+            if stop // size > sequence.committed and not (drawn and any(draw.bad for draw in drawn[0])):
                 self.scheduler.commit(sequence, stop)
             if stop == len(sequence.prompt) and sequence.params.max_tokens == 0:
                 self._end(sequence, "length")
             for sampler, own in zip(chunk.samplers, drawn, strict=True):
                 if sampler.status is not Status.FINISHED:
-                    self._record(sampler, own if not chunk.drafts else self._verify(chunk, own))
+                    self._record(sampler, own if not drafts else self._verify(chunk, own))
         self.runner.phases["deliver"] += time.perf_counter() - began
 
     def _verify(self, chunk: Chunk, draws: list[Draw]) -> list[Draw]:
@@ -270,7 +292,8 @@ class Engine:
             reason = "the grammar and logit_bias leave no token to choose" if restricted else NO_LOGITS
             self._fail(sequence, reason, invalid=restricted)
             return
-        self.scheduler.cleared(sequence)
+        if self.scheduler.suspects:
+            self.scheduler.cleared(sequence)
         delta = Delta(sequence.request, sequence.choice, [])
         for draw in draws:
             self.scheduler.append(sequence, draw.token)
@@ -306,11 +329,12 @@ class Engine:
                 self.runner.sampler.count(sequence.slot, delta.token_ids)
 
     def _reason_to_stop(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if len(sequence.output) > sequence.params.min_tokens and self._ends(sequence, token):
+        length, params = len(sequence.output), sequence.params
+        if length > params.min_tokens and self._ends(sequence, token):
             return "stop"
         if sequence.matcher is not None and sequence.matcher.stopped:
             return "stop"
-        return "length" if len(sequence.output) >= sequence.params.max_tokens else None
+        return "length" if length >= params.max_tokens else None
 
     def _ends(self, sequence: Sequence, token: int) -> bool:
         """Whether this token is an end of text or a stop id of the request."""

@@ -7,7 +7,9 @@ sequential   the model's own code and cache, one sequence at a time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -28,6 +30,8 @@ from tokenmill.engine.sequential import SequentialModel
 
 PROFILE_TOKENS = 8192
 PROFILE_BLOCKS = 1
+SMALL_STEPS = ((1,), (1, 20))
+"""Tokens of each sequence: a decode that no graph runs, and a short prompt beside one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +102,30 @@ class PagedForward:
         """Bytes that a step of the most tokens takes beside weights and cache; compiles the kernels on the way.
 
         It is as many sequences as there may be, of equal lengths, in one block: what counts is how much there is.
+        The small steps before it are those of the kernels that large and captured steps leave out.
         """
         tokens, device = config.max_batch_tokens or PROFILE_TOKENS, model.device
+        rows = min(tokens, config.max_batch)
+        for counts in SMALL_STEPS:
+            self._run_dry(counts, device)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
-        rows = min(tokens, config.max_batch)
-        counts = torch.full((rows,), tokens // rows, dtype=torch.int32, device=device)
-        starts = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        starts[1:] = counts.cumsum(0)
-        table = torch.zeros(rows, tokens // rows // self._block_size + 1, dtype=torch.int32, device=device)
-        metadata = self._metadata(zeros, table, counts, starts, 0)
-        logits = self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
-        del logits
+        self._run_dry([tokens // rows] * (rows - 1) + [tokens - tokens // rows * (rows - 1)], device)
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()
         return peak
+
+    def _run_dry(self, counts: Sequence[int], device: torch.device) -> None:
+        """A step of sequences that are so many tokens long, single ones first; all is written to block 0."""
+        zeros = torch.zeros(sum(counts), dtype=torch.int64, device=device)
+        lengths = torch.tensor(counts, dtype=torch.int32, device=device)
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+        width = -(-max(counts) // self._block_size)
+        table = torch.zeros(len(counts), width, dtype=torch.int32, device=device)
+        metadata = self._metadata(zeros, table, lengths, starts, sum(count == 1 for count in counts))
+        self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
 
     def _build(
         self, model: LoadedModel, config: EngineConfig, layers: list[LayerSpec]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
 from tokenmill.engine.messages import (
     HEADER,
@@ -155,6 +156,7 @@ class Host:
             return None
         self._outbox.put(engine.ready())
         self._outbox.put(engine.stats())
+        leave_alone()
         return engine
 
     def _serve(self, engine: Engine) -> None:

@@ -119,9 +119,10 @@ class InputBatch:
         self.seed = np.zeros(max_batch, np.int64)
         self.penalized = np.zeros(max_batch, np.bool_)
         self.filtered = np.zeros(max_batch, np.bool_)
+        self.scored = np.zeros(max_batch, np.bool_)
         self.min_tokens = np.zeros(max_batch, np.int64)
         self._blocks = np.zeros((max_batch, max_blocks), np.int32)
-        self._num_blocks = np.zeros(max_batch, np.int32)
+        self._num_blocks = [0] * max_batch
 
     def start(self, sequence: Sequence) -> None:
         """Write the row of a sequence that just got its slot."""
@@ -137,6 +138,7 @@ class InputBatch:
         self.penalized[slot] = params.penalized
         filters = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
         self.filtered[slot] = filters and params.temperature >= GREEDY_BELOW
+        self.scored[slot] = params.scored
         self.min_tokens[slot] = params.min_tokens
         self.version += 1
         self._num_blocks[slot] = 0
@@ -152,7 +154,7 @@ class InputBatch:
         np.cumsum(counts, out=query_start[1:])
         total = int(query_start[-1])
         positions = np.arange(total) - np.repeat(query_start[:-1] - starts, counts)
-        table = self._table(chunks)
+        _, table = self._table(chunks)
         of_chunk = np.repeat(np.arange(len(chunks)), counts)
         slots = table[of_chunk, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
@@ -198,12 +200,14 @@ class InputBatch:
         """Like `prepare`, on the host alone, for a step whose chunks are one token each and draw one each."""
         chunks = step.chunks
         samplers = [SampleRow(c.sequence, c.sequence.num_generated - 1, [], 0) for c in chunks]
-        rows = np.array([c.sequence.slot for c in chunks], np.int64)
         positions = np.array([c.start for c in chunks], np.int64)
-        table = self._table(chunks)
+        rows, table = self._table(chunks)
         blocks = table[np.arange(len(chunks)), positions // self.block_size].astype(np.int64)
         known = [
-            (c.sequence.slot, token) for c in chunks for token in c.sequence.tokens(c.start, c.start + 1)
+            (c.sequence.slot, token)
+            for c in chunks
+            if c.start < len(c.sequence.prompt) + len(c.sequence.output)  # else it is still on the device
+            for token in c.sequence.tokens(c.start, c.start + 1)
         ]
         pairs = np.array(known, np.int64).T.copy() if known else None
         return DecodeRows(
@@ -216,17 +220,22 @@ class InputBatch:
             known=None if pairs is None else (pairs[0], pairs[1]),
         )
 
-    def _table(self, chunks: list[Chunk]) -> NDArray[np.int32]:
+    def _table(self, chunks: list[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The chunks' slots [R], and their blocks [R, P]."""
+        held, slots, widest = self._num_blocks, [], 0
         for chunk in chunks:
             sequence = chunk.sequence
-            known, now = int(self._num_blocks[sequence.slot]), len(sequence.blocks)
+            slot, now = sequence.slot, len(sequence.blocks)
+            slots.append(slot)
+            if now > widest:
+                widest = now
+            known = held[slot]
             if now > known:
-                self._blocks[sequence.slot, known:now] = sequence.blocks[known:]
-                self._num_blocks[sequence.slot] = now
+                self._blocks[slot, known:now] = sequence.blocks[known:]
+                held[slot] = now
                 self.version += 1
-        rows = np.array([chunk.sequence.slot for chunk in chunks], np.int64)
-        widest = max(len(chunk.sequence.blocks) for chunk in chunks)
-        return self._blocks[rows, :widest]
+        rows = np.array(slots, np.int64)
+        return rows, self._blocks[rows, :widest]
 
     def _tokens(
         self, chunks: list[Chunk], query_start: NDArray[np.int64], total: int

@@ -113,7 +113,8 @@ class Sampler:
 
     def graph_variant(self, rows: NDArray[np.int64], generated: NDArray[np.int64]) -> str:
         """Which captured sampler these slots can use: plain, full (filters, penalties), or none of them."""
-        if any(slot in self._bias for slot in rows.tolist()) or self._holds_back(rows, generated):
+        biased = bool(self._bias) and any(slot in self._bias for slot in rows.tolist())
+        if biased or self._holds_back(rows, generated):
             return "none"
         return "full" if (self._batch.penalized[rows] | self._batch.filtered[rows]).any() else "plain"
 
@@ -135,7 +136,7 @@ class Sampler:
 
     def score(self, sampled: Sampled, raw: Tensor, inputs: StepInputs) -> Sampled:
         """Add the log-probabilities that rows of raw logits [N, V] ask for."""
-        rows = [i for i, row in enumerate(inputs.samplers) if row.sequence.params.scored]
+        rows = np.flatnonzero(self._batch.scored[inputs.rows]).tolist()
         if rows:
             top = max(inputs.samplers[i].sequence.params.logprobs or 0 for i in rows)
             chosen = sampled.tokens

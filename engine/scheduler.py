@@ -117,28 +117,33 @@ class Scheduler:
             self._add_chunk(step, sequence, count)
 
     def _schedule_decodes(self, step: Step, budget: int) -> int:
+        """One token, and what is drafted behind it, for each sequence that has just one to compute.
+
+        All of a large batch passes here in every step, so what most of them need is said in place.
+        """
+        size = self.pool.block_size
         for sequence in list(self.running):
             if budget == 0:
                 break
-            if (
-                sequence.status is not Status.RUNNING
-                or sequence.uncomputed != 1
-                or not sequence.num_generated
-            ):
+            generated, computed = len(sequence.output) + sequence.pending, sequence.num_computed
+            if not generated or len(sequence.prompt) + generated - computed != 1:
                 continue
-            if sequence.verifying or not sequence.wants_token or self._awaits_drafts(sequence):
+            if sequence.status is not Status.RUNNING or sequence.verifying:
                 continue
-            if self._grow(sequence, 1, step):
+            if generated >= sequence.params.max_tokens or self._awaits_drafts(sequence):
+                continue
+            if computed < len(sequence.blocks) * size or self._grow(sequence, 1, step):
                 budget -= self._add_decode(step, sequence, budget)
         return budget
 
     def _awaits_drafts(self, sequence: Sequence) -> bool:
         """Whether it's better to learn the pending token first, and then to guess what follows."""
-        drafting = sequence.proposer is not None and sequence.proposer.ready
-        return drafting and sequence.pending > 0 and len(self.running) < self.draft_rows
+        if sequence.proposer is None or not sequence.proposer.ready:
+            return False
+        return sequence.pending > 0 and len(self.running) < self.draft_rows
 
     def _add_decode(self, step: Step, sequence: Sequence, budget: int) -> int:
-        drafts = self._drafts(step, sequence, budget - 1)
+        drafts = [] if sequence.proposer is None else self._drafts(step, sequence, budget - 1)
         chunk = Chunk(sequence, sequence.num_computed, 1 + len(drafts), [sequence], drafts)
         step.chunks.append(chunk)
         sequence.num_computed += chunk.count
@@ -163,6 +168,8 @@ class Scheduler:
         return drafts
 
     def _schedule_prefills(self, step: Step, budget: int) -> int:
+        if len(step.chunks) == len(self.running):
+            return budget
         scheduled = {id(chunk.sequence) for chunk in step.chunks}
         for sequence in self.running:
             if budget == 0:

@@ -38,6 +38,8 @@ WHEN_CALLED = {
     ("tokenmill.server.cli", "tokenmill.bench.cli"),
     ("tokenmill.server.cli", "tokenmill.engine.tiny"),
     ("tokenmill.bench.gpu_check", "tokenmill.kernels"),
+    ("tokenmill.bench.gpu_correct", "tokenmill.kernels"),
+    ("tokenmill.bench.gpu_measure", "tokenmill.kernels"),
 }
 LAZY_EXPORTS = "tokenmill.engine"
 """Its `__getattr__` imports what `from tokenmill.engine import LLM` asks for: nothing on import."""

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.gpu.attention_tile import attend_tile, empty_state, finish_state, merge_states
-from tokenmill.kernels.gpu.jit import check_cuda, jit, jit_with_runtime, multiprocessors, next_power_of_2, tl
+from tokenmill.kernels.gpu.jit import (
+    check_cuda,
+    jit,
+    jit_with_runtime,
+    multiprocessors,
+    next_power_of_2,
+    row_block,
+    tl,
+)
 from tokenmill.kernels.gpu.overlap import launch_options, wait_for_inputs
 
 MAX_SPLITS = 64
@@ -147,7 +155,7 @@ def plan_decode(plan: DecodePlan, seq_lens: Tensor) -> None:
     _plan_kernel[(rows,)](
         seq_lens, plan.items, plan.count, plan.bases, rows, plan.mixed.shape[0], plan.window,
         item_tokens(rows, plan.done.shape[1], seq_lens.device),
-        TILE=plan.tile, WINDOW=plan.window > 0, BLOCK_R=max(16, next_power_of_2(rows)), num_warps=4,
+        TILE=plan.tile, WINDOW=plan.window > 0, BLOCK_R=row_block(rows), num_warps=4,
         **launch_options(),
     )  # fmt: skip
 

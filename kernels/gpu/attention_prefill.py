@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.gpu.attention_tile import attend_tile, empty_state, finish_state
-from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit_with_runtime, next_power_of_2, tl
+from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit_with_runtime, next_power_of_2, row_block, tl
 
 _LIST_BLOCK = tl.constexpr(128)
 
@@ -50,7 +50,7 @@ def _shape(group: int, size: int, value_size: int, dtype: torch.dtype, cache_dty
     return _Shape(128, 64, 8, 5)
 
 
-@jit_with_runtime("rows")
+@jit_with_runtime("rows", anywhere=("query_start_ptr",))
 def _tiles_kernel(
     query_start_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
@@ -88,12 +88,12 @@ def plan_prefill(query: Tensor, k_cache: Tensor, v_cache: Tensor, query_start: T
     if rows:
         _tiles_kernel[(rows,)](
             query_start, tiles, count, rows,
-            TOKENS=tokens, BLOCK_R=max(16, next_power_of_2(rows)), num_warps=4,
+            TOKENS=tokens, BLOCK_R=row_block(rows), num_warps=4,
         )  # fmt: skip
     return PrefillPlan(tiles, count, tokens)
 
 
-@jit_with_runtime("table_stride")
+@jit_with_runtime("table_stride", anywhere=("table_ptr", "lengths_ptr", "query_start_ptr"))
 def _prefill_kernel(
     query_ptr: tl.tensor,
     k_cache_ptr: tl.tensor,

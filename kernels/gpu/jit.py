@@ -38,6 +38,7 @@ __all__ = [
     "jit_with_runtime",
     "multiprocessors",
     "next_power_of_2",
+    "row_block",
     "tl",
 ]
 
@@ -55,16 +56,25 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function)
 
 
-def jit_with_runtime(*names: str) -> Callable[[Callable[..., Any]], Any]:
+def jit_with_runtime(*names: str, anywhere: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """`jit`, but the integers `names` make no variants of their own: those that change from step to step.
 
-    Triton otherwise compiles once for 1, once for multiples of 16 and once for the rest.
+    Triton otherwise compiles once for 1, once for multiples of 16 and once for the rest. Pointers, too, have two
+    variants, at multiples of 16 bytes and elsewhere: those named in `anywhere`, of which few bytes are read and
+    which point into the middle of a step's arrays, have one.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return triton.jit(function, do_not_specialize=list(names))
+        return triton.jit(
+            function, do_not_specialize=list(names), do_not_specialize_on_alignment=list(anywhere)
+        )
 
     return decorate
+
+
+def row_block(rows: int) -> int:
+    """The length of a vector over a step's `rows`: of few sizes, since each is a kernel to compile."""
+    return 16 if rows <= 16 else max(256, next_power_of_2(rows))
 
 
 @jit

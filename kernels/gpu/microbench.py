@@ -247,32 +247,51 @@ def _sampler(device: torch.device) -> Iterator[Work]:
         yield Work("token_logprobs, 5 best", f"{rows} x {width}", calls, float(logits.nbytes))
 
 
-def measure_all(device: torch.device, overlap: bool = False) -> list[Row]:
+KINDS: dict[str, Callable[[torch.device], Iterator[Work]]] = {
+    "linears": _linears,
+    "decode attention": _decode_attention,
+    "prefill attention": _prefill_attention,
+    "rows and cache": _rows_and_cache,
+    "sampler": _sampler,
+    "8-bit products": _products,
+}
+
+
+def measure(kind: str, device: torch.device, limits: Limits, overlap: bool = False) -> Iterator[Row]:
     """Rows of kernel, shape, microseconds, bytes, operations, the limit's microseconds, the share of it.
 
-    With `overlap` a kernel's calls follow each other by programmatic dependent launch, as in a decode graph.
+    With `overlap` a kernel's calls follow each other by programmatic dependent launch, as in a decode graph. A
+    kernel that raises gives a row of kernel, shape and `error`, unless the device answers no more.
     """
+    for work in KINDS[kind](device):
+        row: Row = {
+            "kernel": work.name,
+            "shape": work.shape,
+            "bytes": work.bytes,
+            "operations": work.operations,
+        }
+        try:
+            with gpu.overlapping_launches(overlap and gpu.supports_overlap(device)):
+                seconds = seconds_of(work.calls)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # the other kernels' times are wanted all the same
+            yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        bound = work.bound(limits)
+        yield row | {
+            "microseconds": seconds * 1e6,
+            "limit_microseconds": bound * 1e6,
+            "share_of_limit": bound / seconds,
+        }
+
+
+def measure_all(device: torch.device, overlap: bool = False) -> list[Row]:
+    """The rows of all `KINDS`, with limits measured first."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeError("there is nothing to time without a CUDA device")
     limits = measure_limits(device)
-    rows: list[Row] = []
-    for works in (_linears, _decode_attention, _prefill_attention, _rows_and_cache, _sampler, _products):
-        for work in works(device):
-            with gpu.overlapping_launches(overlap and gpu.supports_overlap(device)):
-                seconds = seconds_of(work.calls)
-            bound = work.bound(limits)
-            rows.append(
-                {
-                    "kernel": work.name,
-                    "shape": work.shape,
-                    "microseconds": seconds * 1e6,
-                    "bytes": work.bytes,
-                    "operations": work.operations,
-                    "limit_microseconds": bound * 1e6,
-                    "share_of_limit": bound / seconds,
-                }
-            )
-    return rows
+    return [row for kind in KINDS for row in measure(kind, device, limits, overlap)]
 
 
 def measure_linear_configs(

@@ -67,7 +67,7 @@ def _bench(device: torch.device, seed: int) -> _Bench:
     generator = torch.Generator().manual_seed(seed)
     if INTERPRETED:
         return _Bench(device, generator, (torch.bfloat16,), 3, 200, 1500, 100, slice(1, None, 3))
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return _Bench(device, generator, dtypes, 33, 4096, 128256, 5000, slice(None))
 
 
@@ -211,6 +211,14 @@ def _attention_rows(bench: _Bench) -> Iterator[CheckResult]:
             case.query[:1], case.k_cache, case.v_cache, case.block_table[:1], case.seq_lens[:1], scale=0.1
         )
         yield CheckResult(_name("decode: a row alone = in a crowd", dtype), _differing(alone, crowd[:1]), 0.0)
+        # Many rows fill the chip by themselves, so that one program walks each.
+        case = paged_case(bench.generator, [bench.context] + [9] * 139, [1] * 140, **shape)
+        crowd = gpu.paged_attention_decode(*case.arguments[:5], scale=0.1)
+        alone = gpu.paged_attention_decode(
+            case.query[:1], case.k_cache, case.v_cache, case.block_table[:1], case.seq_lens[:1], scale=0.1
+        )
+        differing = _differing(alone, crowd[:1])
+        yield CheckResult(_name("decode: a row split up = walked at once", dtype), differing, 0.0)
         length = min(bench.context, 400)
         case = paged_case(bench.generator, [length], [length], **shape)
         whole = gpu.paged_attention_prefill(*case.arguments, scale=0.1)
@@ -429,8 +437,11 @@ def _overlap(bench: _Bench) -> Iterator[CheckResult]:
         yield CheckResult("overlapping launches change nothing", _differing(out, expected), 0.0)
 
 
-def check_all(device: torch.device, seed: int) -> list[CheckResult]:
-    """Run every check on inputs drawn from `seed`; small ones under the interpreter, true sizes on a GPU."""
+def check_groups(device: torch.device, seed: int) -> dict[str, Iterator[CheckResult]]:
+    """Every check, those of a kind together and in order, on inputs drawn from `seed`.
+
+    Small inputs under the interpreter, true sizes on a GPU. A group's checks run as its iterator is advanced.
+    """
     bench = _bench(device, seed)
     checks = [
         _elementwise, _rope_store, _attention, _fp8_cache, _attention_rows, _logits, _draws, _linears,
@@ -438,4 +449,9 @@ def check_all(device: torch.device, seed: int) -> list[CheckResult]:
     ]  # fmt: skip
     if device.type == "cuda":
         checks += [_graph, _overlap, _fp8_crowds]
-    return [result for check in checks for result in check(bench)]
+    return {check.__name__.lstrip("_"): check(bench) for check in checks}
+
+
+def check_all(device: torch.device, seed: int) -> list[CheckResult]:
+    """The results of all `check_groups`."""
+    return [result for group in check_groups(device, seed).values() for result in group]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tokenmill.bench import gpu_check, gpu_report
+from tokenmill.bench import gpu_check, gpu_correct, gpu_runner
+from tokenmill.bench.gpu_journal import Findings, Journal
 from tokenmill.bench.gpu_models import SHAPES, build_module, rehearsal, shrunk
 from tokenmill.bench.gpu_speed import Figure, covered
 
@@ -25,16 +28,27 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rehearsal_runs_and_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = gpu_check.main(
-        ["--rehearse", "--sections", "texts,logits,speed", "--out", str(tmp_path), "--seed", "3"]
+        [
+            "--rehearse",
+            "--one-process",
+            "--sections",
+            "texts,logits,speed",
+            "--out",
+            str(tmp_path),
+            "--seed",
+            "3",
+        ]
     )
     out = capsys.readouterr().out
     assert status == 0, out
     result = json.loads((tmp_path / "gpu-check.json").read_text())
     assert result["failures"] == []
     assert result["skipped"] == []
-    assert result["logits"]["Qwen3-0.6B"]["error"] < 1e-5
+    assert [row["model"] for row in result["logits"]] == ["Qwen3-0.6B"]
+    assert result["logits"][0]["error"] < 1e-5
     names = [figure["name"] for figure in result["figures"]]
-    assert names[:3] == ["decode, batch 1", "nano-vllm's workload", "sampler with every feature on"]
+    assert names[:2] == ["decode, batch 1", "nano-vllm's workload"]
+    assert {"sampler with every feature on", "the peer's jobs"} <= set(names)
     assert (tmp_path / "gpu-check.png").stat().st_size > 1000
     assert out.rstrip().splitlines()[-1].startswith("passed in ")
 
@@ -45,8 +59,10 @@ def test_wrong_logits_and_texts_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp
     def other(fields: dict[str, object], *args: object, seed: int = 0) -> object:
         return build_module(fields, *args, seed=seed + 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gpu_check, "build_module", other)
-    status = gpu_check.main(["--rehearse", "--sections", "texts,logits", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_correct, "build_module", other)
+    status = gpu_check.main(
+        ["--rehearse", "--one-process", "--sections", "texts,logits", "--out", str(tmp_path)]
+    )
     failures = json.loads((tmp_path / "gpu-check.json").read_text())["failures"]
     assert status == 1
     assert [failure.partition(":")[0] for failure in failures] == ["Qwen3-0.6B, tiny", "Qwen3-0.6B"]
@@ -56,16 +72,105 @@ def test_what_the_budget_does_not_hold_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert gpu_check.main(["--rehearse", "--budget", "1", "--out", str(tmp_path)]) == 0
-    assert "kernels" in json.loads((tmp_path / "gpu-check.json").read_text())["skipped"]
+    skipped = json.loads((tmp_path / "gpu-check.json").read_text())["skipped"]
+    assert skipped == ["kernels", "texts", "Qwen3-0.6B", "peers", "fp8", "micro"]
     assert "Left out for lack of time: kernels; texts; " in capsys.readouterr().out
 
 
-def test_a_part_that_raises_fails_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    check = gpu_report.Check(torch.device("cpu"), rehearsal(), 100, 0)
+def test_sections_and_models_choose_what_runs() -> None:
+    models = ["a", "b", "c"]
+    assert gpu_check.units({"logits"}, models) == models
+    assert gpu_check.units({"micro", "kernels", "peers", "speed"}, models) == [
+        "kernels", "a", "peers", "b", "c", "micro",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--models", "gpt-5"])
+
+
+def make_check(folder: Path) -> gpu_runner.Check:
+    return gpu_runner.Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(folder / "found.jsonl"))
+
+
+def test_a_part_that_raises_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = make_check(tmp_path)
     check.attempt("first", lambda: 1 / 0)
-    check.attempt("second", lambda: None)
-    assert check.failures == ["first: ZeroDivisionError: division by zero"]
-    assert "second: 0.0 s" in capsys.readouterr().out
+    check.attempt("second", lambda: check.add("m", Figure("decode", 90, "tok/s", limit=100, target=80)))
+    found = Findings.read(check.journal)
+    assert found.failures == ["first: ZeroDivisionError: division by zero"]
+    assert [(model, figure.share) for model, figure in found.figures] == [("m", 0.9)]
+    assert set(found.seconds) == {"first", "second"}
+    out = capsys.readouterr().out
+    assert "test_gpu_check.py" in out, "the place is shown"
+    assert "second: 0.0 s" in out
+
+
+def test_what_a_process_had_begun_is_not_run_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    for _ in range(2):
+        check = make_check(tmp_path)
+        check.attempt("once", lambda: calls.append("once"))
+        check.attempt("always", lambda: calls.append("always"), again=True)
+    assert calls == ["once", "always", "always"]
+
+
+PARTS = """
+import sys
+from pathlib import Path
+import torch
+from tokenmill.bench.gpu_journal import Journal
+from tokenmill.bench.gpu_models import rehearsal
+from tokenmill.bench.gpu_runner import Check
+import os, time
+
+def die(): os.kill(os.getpid(), 11)
+def hang(): time.sleep(60)
+def lose(): raise torch.AcceleratorError("an illegal memory access was encountered")
+def work(): pass
+check = Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(Path(sys.argv[1])), own_process=True)
+check.attempt("setting up", work, again=True)
+for name in sys.argv[2:]:
+    check.attempt(name, dict(die=die, hang=hang, lose=lose)[name.split()[0]] if name != "work" else work, limit=1)
+"""
+
+
+def run_parts(folder: Path, *parts: str) -> Findings:
+    journal = Journal(folder / "found.jsonl")
+    command: Callable[[float], list[str]] = lambda seconds: [  # noqa: E731
+        sys.executable, "-c", PARTS, str(journal.file), *parts,
+    ]  # fmt: skip
+    gpu_runner.supervise("section", command, journal, 100)
+    return Findings.read(journal)
+
+
+def test_a_crash_a_hang_and_a_lost_gpu_cost_one_part_each(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = run_parts(tmp_path, "die", "hang", "lose", "work")
+    assert [failure.partition(" (")[0] for failure in found.failures] == [
+        "die: its process was ended by SIGSEGV",
+        "hang: its process ended with 1",
+        "lose: AcceleratorError: an illegal memory access was encountered",
+    ]
+    assert set(found.seconds) == {"setting up", "die", "hang", "lose", "work"}
+    assert "in hang" in capfd.readouterr().err, "where it hung is shown"
+
+
+def test_a_section_past_its_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "RESERVE_S", 0.0)
+    journal = Journal(tmp_path / "found.jsonl")
+    gpu_runner.supervise(
+        "slow", lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], journal, 0.5
+    )
+    assert Findings.read(journal).failures == [
+        "slow: its process took too long and was killed (the output says where it stood)"
+    ]
+
+
+def test_a_rehearsal_in_processes_of_their_own(tmp_path: Path) -> None:
+    status = gpu_check.main(["--rehearse", "--sections", "texts", "--out", str(tmp_path), "--seed", "5"])
+    result = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert status == 0, result["failures"]
+    assert list(result["part_seconds"]) == ["Qwen3-0.6B, tiny: texts"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -106,4 +211,4 @@ def test_figures_know_whether_they_met_their_target() -> None:
     fast = Figure("decode", 90, "tok/s", limit=100, target=80)
     idle = Figure("idle", 0.01, "of the time", target=0.005)
     assert fast.share == 0.9
-    assert [gpu_report.cells("m", figure)[-1] for figure in (fast, idle)] == ["yes", "no"]
+    assert [gpu_runner.cells("m", figure)[-1] for figure in (fast, idle)] == ["yes", "no"]

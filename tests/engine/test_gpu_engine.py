@@ -13,7 +13,9 @@ from checkpoints import eager_model
 from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, on_cpu, texts
 
 from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cuda_graph import record
+from tokenmill.engine.forward import PagedForward
 from tokenmill.engine.messages import Add
 from tokenmill.engine.sampling_params import Grammar
 
@@ -140,3 +142,28 @@ def test_buckets_are_captured_between_steps(plain: LLM) -> None:
     assert found[2] == texts(plain, [GREEDY, SEEDED])[1]
     assert progress[0] < progress[1] < progress[-1] == 1
     assert not engine.warming
+
+
+def test_profiling_runs_steps_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a GPU does at load, here with its questions about memory answered."""
+    llm = make(False)
+    runner = llm.engine.runner
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    assert isinstance(runner.forward, PagedForward)
+    seen: list[tuple[int, int]] = []
+    plan = runner.kernels.plan_attention
+    logits = runner.forward._logits
+
+    def watched(ids: torch.Tensor, *args: object) -> torch.Tensor:
+        seen.append((len(ids), decodes[-1]))
+        return logits(ids, *args)  # type: ignore[arg-type]
+
+    decodes: list[int] = []
+    monkeypatch.setattr(runner.kernels, "plan_attention", lambda n: (decodes.append(n), plan(n))[1])
+    monkeypatch.setattr(runner.forward, "_logits", watched)
+    config = EngineConfig(source="", max_batch=3, max_batch_tokens=35)
+    assert runner.forward._profile(runner.model, config) == 250
+    assert seen == [(1, 1), (21, 1), (35, 0)]

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +68,16 @@ def test_the_matmuls_use_the_matrix_units(kernels: list[dict[str, Any]]) -> None
         if kernel["name"] == "fp8_linear_kernel":
             assert kernel["wgmma_e4m3"] == kernel["wgmma"] > 0, kernel
             assert not kernel["mma"], kernel
+
+
+def test_steps_of_other_sizes_need_no_other_variants() -> None:
+    """A kernel that is compiled for the first time in a step keeps everybody waiting for a second."""
+    program = Path(__file__).with_name("gpu_variants.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == {
+        "plan_kernel": 1, "decode_kernel": 1, "tiles_kernel": 1, "prefill_kernel": 1,
+    }  # fmt: skip

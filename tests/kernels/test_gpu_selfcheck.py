@@ -6,6 +6,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +39,25 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "rms_norm", wrong)
     failed = [result.name for result in selfcheck._elementwise(selfcheck._bench(CPU, 0)) if not result.passed]
     assert any(name.startswith("rms_norm") for name in failed)
+
+
+class Called:
+    """In a graph's place: the work itself."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.replay = work
+
+
+def test_the_check_of_a_graph_passes_with_calls_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_captured", Called)
+    results = list(selfcheck._graph(selfcheck._bench(CPU, 4)))
+    assert [result.passed for result in results] == [True, True]
+
+
+def test_groups_come_one_by_one() -> None:
+    groups = selfcheck.check_groups(CPU, 2)
+    assert {"elementwise", "attention", "linears", "draws"} <= set(groups)
+    assert next(groups["elementwise"]).name.startswith("rms_norm bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8, torch.int32])
