@@ -107,7 +107,12 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
 def interruptible() -> Iterator[None]:
     """Within it, whatever asks the process to end raises KeyboardInterrupt, so that a start which is called off
     leaves no engine and no traceback. A server that runs takes the signals itself (`lifecycle.py`)."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in stop_signals()}
+
+    def interrupt(number: int, frame: object) -> None:
+        # Not Python's own handler, which asyncio would replace by one that cancels tasks.
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
     try:
         yield
     finally:
