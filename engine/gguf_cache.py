@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -172,9 +173,15 @@ def _fill(folder: Path, *parts: Any) -> None:
 
 def _warn(error: Exception) -> None:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    _warn_once(cache_root(), reason)
+
+
+@cache
+def _warn_once(root: Path, reason: str) -> None:
+    """One line, though a start has several things to keep."""
     logger.warning(
         "the cache folder %s can't be written (%s), so the next start converts again; "
         "set TOKENMILL_CACHE to a folder with room",
-        cache_root(),
+        root,
         reason,
     )

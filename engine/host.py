@@ -210,6 +210,12 @@ class Host:
 
     def _read(self) -> None:
         """Put each frame into the inbox; end the process when the front end is gone."""
+        try:
+            self._read_frames()
+        except OSError:  # a socket that is closed with news unread is reset
+            os._exit(0)
+
+    def _read_frames(self) -> None:
         stream = self._connection.makefile("rb")
         while True:
             header = stream.read(HEADER.size)
@@ -219,7 +225,10 @@ class Host:
             if length > MAX_FRAME:
                 logger.error("a frame of %d bytes is over the limit", length)
                 os._exit(2)
-            self._inbox.put(to_engine_decoder.decode(stream.read(length)))
+            frame = stream.read(length)
+            if len(frame) < length:
+                os._exit(0)
+            self._inbox.put(to_engine_decoder.decode(frame))
 
     def _write(self) -> None:
         while messages := self._outbox.take():

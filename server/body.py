@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from tokenmill.server.errors import ApiError, ClientGone, bad_request, shorten
 
+SILENCE_S = 60.0
+"""How long a body may stop coming; a client that never goes on would hold its connection for ever."""
 _CLOSE = {"connection": "close"}
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """All of the body, `limit` bytes at the most: 413 past it, whatever Content-Length says. `ClientGone`."""
+    """All of the body, `limit` bytes at the most: 413 past it, whatever Content-Length says; 400 where it
+    stops coming. `ClientGone`."""
     headers = dict(scope["headers"])
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
@@ -28,7 +32,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        message = await _next(receive)
         if message["type"] == "http.disconnect":
             raise ClientGone
         chunk = message.get("body", b"")
@@ -38,6 +42,14 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+async def _next(receive: Receive) -> Message:
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            return await receive()
+    except TimeoutError:
+        raise ApiError(400, f"the body stopped coming for {SILENCE_S:g} s", headers=_CLOSE) from None
 
 
 def _is_json(content_type: str) -> bool:

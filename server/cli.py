@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import re
+import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +25,7 @@ from tokenmill.server.console import Console
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.logs import configure
 from tokenmill.server.plan import make_plan, spawn_preloaded
+from tokenmill.server.stop_signals import stop_signals
 
 logger = logging.getLogger("tokenmill")
 
@@ -41,7 +45,10 @@ def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGI
         return bench.main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
     try:
-        return serve(options, engine_command)
+        with interruptible():
+            return serve(options, engine_command)
+    except KeyboardInterrupt:
+        return 0
     except (ConfigError, StartError) as error:
         print(f"tokenmill: {error}", file=sys.stderr)
         return 1
@@ -96,6 +103,23 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
             process.kill()
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it, whatever asks the process to end raises KeyboardInterrupt, so that a start which is called off
+    leaves no engine and no traceback. A server that runs takes the signals itself (`lifecycle.py`)."""
+
+    def interrupt(number: int, frame: object) -> None:
+        # Not Python's own handler, which asyncio would replace by one that cancels tasks.
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def make_config(options: argparse.Namespace) -> Config:
     """The configuration of a command line. Raises `ConfigError` or `StartError`."""
     if options.config is not None:
@@ -106,6 +130,8 @@ def make_config(options: argparse.Namespace) -> Config:
         config = BUILT_IN
     if options.name is not None and options.model is None:
         raise StartError("--name needs --model")
+    if options.model == "":
+        raise StartError("--model must name a Hub id, a folder or a .gguf file")
     if options.model is not None:
         name = options.name or _name_of(options.model)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
@@ -147,7 +173,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise StartError(f"can't listen on {host}:{port}: {reason}; choose another with --port") from None
+        option = "--port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise StartError(f"can't listen on {host}:{port}: {reason}; choose another with {option}") from None
     return listener
 
 

@@ -50,7 +50,9 @@ def load_config(path: Path) -> Config:
     """The checked contents of a `models.yaml`. Raises `ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: can't be read: {error}") from None
     return parse_config(text, str(path))
 

@@ -21,6 +21,7 @@ class Console:
         self._terminal = self._stream.isatty()
         self._begun = begun
         self._stages: dict[str, str] = {}
+        self._loading_since: dict[str, float] = {}
         self._greeted = False
 
     def report(self, model: str, message: Loading | Ready | LoadFailed) -> None:
@@ -34,6 +35,8 @@ class Console:
                 self._end_line()
 
     def _loading(self, model: str, stage: str, fraction: float | None) -> None:
+        # The first load began with the server; later ones (a restart, a lazy model) with their first news.
+        self._loading_since.setdefault(model, time.monotonic() if self._greeted else self._begun)
         if self._terminal:
             share = "" if fraction is None else f" {fraction:4.0%}"
             self._stream.write(f"\r\x1b[K{model}: {stage}{share}")
@@ -44,7 +47,7 @@ class Console:
 
     def _ready(self, model: str, ready: Ready) -> None:
         self._end_line()
-        elapsed = time.monotonic() - self._begun
+        elapsed = time.monotonic() - self._loading_since.pop(model, self._begun)
         logger.info(
             "%s: ready after %.1f s (%s, context %d)", model, elapsed, ready.description, ready.max_context
         )

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP protocol with bounds on the time and the size of a request's headers."""
+"""uvicorn's HTTP protocol with bounds on a request's headers, and on what clients leave unread."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -11,6 +11,8 @@ from tokenmill.server.errors import ApiError
 
 HEADER_TIMEOUT_S = 20.0
 MAX_HEADER_BYTES = 64 << 10
+STALL_S = 10.0
+"""A connection that is being closed is cut when its client has read nothing for so long."""
 
 
 def _refusal(status_line: bytes, message: str) -> bytes:
@@ -18,6 +20,38 @@ def _refusal(status_line: bytes, message: str) -> bytes:
     body = ApiError(400, message).body()
     head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
     return head % (status_line, len(body)) + body
+
+
+class ClosingTransport:
+    """A transport whose `close` comes to an end.
+
+    Closing waits until everything is written; a client that doesn't read would keep its connection, and the
+    rest of an answer in memory, for as long as it likes. One that reads slowly gets all of it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self.write = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.close()
+            self._watch(self._transport.get_write_buffer_size())
+
+    def _watch(self, unread: int) -> None:
+        if unread:
+            self._loop.call_later(STALL_S, self._cut_if_stalled, unread)
+
+    def _cut_if_stalled(self, before: int) -> None:
+        unread = self._transport.get_write_buffer_size()
+        if unread >= before:
+            self._transport.abort()
+        else:
+            self._watch(unread)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -33,7 +67,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, ClosingTransport(transport, self.loop)))
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

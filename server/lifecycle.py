@@ -14,11 +14,12 @@ from fastapi import FastAPI
 
 from tokenmill.server.http_protocol import BoundedHttpProtocol
 from tokenmill.server.registry import Registry
+from tokenmill.server.stop_signals import stop_signals
 
 logger = logging.getLogger("tokenmill")
 
 INTERRUPT_DRAIN_S = 0.5
-"""Ctrl-C means now: what runs gets a moment, so that all is over within two seconds."""
+"""Ctrl-C and a closed terminal mean now: what runs gets a moment, so that all is over within two seconds."""
 FAREWELL_S = 1
 """How long connections may take to close."""
 
@@ -57,7 +58,7 @@ class Lifecycle:
     async def run(self, listener: socket.socket) -> None:
         """Serve on a bound socket until a signal has been dealt with."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._on_signal, number)
         await self._server.serve(sockets=[listener])
 
@@ -66,7 +67,7 @@ class Lifecycle:
             logger.info("stopping at once")
             self._now.set()
             return
-        seconds = INTERRUPT_DRAIN_S if number is signal.SIGINT else self._drain_s
+        seconds = self._drain_s if number is signal.SIGTERM else INTERRUPT_DRAIN_S
         self._ending = asyncio.get_running_loop().create_task(self._end(seconds))
 
     async def _end(self, seconds: float) -> None:

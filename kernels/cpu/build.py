@@ -2,15 +2,20 @@
 
 The library's name holds a hash of everything that shapes it (sources, compiler, options), so a file that
 exists is right. It is written under another name and renamed: processes may race, and each gets a whole file.
+Where the cache folder can't be written, a process builds for itself, in a temporary folder: that costs each
+start the seconds of a compiler, plain torch would cost every token.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenmill.kernels.cpu.isa import InstructionSet
@@ -22,16 +27,22 @@ OPTIONS = (
     "-ffp-contract=off",
 )
 TIMEOUT_S = 300
+ROOM = 32 << 20
+"""Free bytes that a build asks for, its objects included: a full disk is seen before the compiler runs."""
 
 
 class BuildError(RuntimeError):
     """The library can't be made here; the message is one line."""
 
 
+class UnwritableError(BuildError):
+    """Nor could it be for another instruction set: the folder takes no files."""
+
+
 def cache_folder() -> Path:
     """Where built files are kept: $TOKENMILL_CACHE, else tokenmill/ in the user's cache folder."""
     if own := os.environ.get("TOKENMILL_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "tokenmill"
 
@@ -44,20 +55,48 @@ def find_compiler() -> str:
     raise BuildError("no C++ compiler on PATH")
 
 
-def build(isa: InstructionSet) -> Path:
-    """The library for `isa`, compiled if no earlier process did; raises BuildError."""
+def build(isa: InstructionSet, folder: Path | None = None) -> Path:
+    """The library for `isa` in `folder` (the user's cache), compiled if no earlier process did.
+
+    Raises BuildError, and UnwritableError where the folder is the reason.
+    """
     compiler = find_compiler()
-    target = cache_folder() / "kernels" / f"cpu-{isa.name}-{_fingerprint(compiler, isa)}.so"
-    if target.exists():
-        return target
+    folder = folder or cache_folder() / "kernels"
+    target = folder / f"cpu-{isa.name}-{_fingerprint(compiler, isa)}.so"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _compile(compiler, isa, Path(folder))
-            os.replace(Path(folder) / "library.so", target)
+        if target.exists():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            _compile(compiler, isa, Path(beside))
+            os.replace(Path(beside) / "library.so", target)
     except OSError as error:
-        raise BuildError(f"cannot write {target.parent}: {error.strerror}") from error
+        raise UnwritableError(f"cannot write {folder}: {error.strerror}") from error
     return target
+
+
+@contextmanager
+def built(isa: InstructionSet) -> Iterator[tuple[Path, str | None]]:
+    """The library for `isa`, to be loaded inside the block, and why the cache doesn't keep it (None: it does).
+
+    A library that isn't kept is deleted with the block; once loaded, it needs its file no more. Raises
+    BuildError.
+    """
+    try:
+        kept = build(isa)
+    except UnwritableError as error:
+        reason = str(error)
+    else:
+        yield kept, None
+        return
+    try:
+        passing = tempfile.TemporaryDirectory(prefix="tokenmill-")
+    except OSError:
+        raise UnwritableError(f"{reason}, and there is no temporary folder") from None
+    with passing as folder:
+        yield build(isa, Path(folder)), reason
 
 
 def _fingerprint(compiler: str, isa: InstructionSet) -> str:

@@ -17,7 +17,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from tokenmill.kernels.cpu.build import BuildError, build
+from tokenmill.kernels.cpu.build import BuildError, built
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,11 @@ class Library(ctypes.CDLL):
     """One loaded build. Its functions take addresses and sizes; the modules beside this one know shapes."""
 
     def __init__(self, isa: InstructionSet) -> None:
-        super().__init__(str(build(isa)))
+        with built(isa) as (path, reason):
+            super().__init__(str(path))
         self.isa = isa.name
+        self.unkept = reason
+        """Why the next process has to build it again, if it has to."""
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self, name)
             function.restype, function.argtypes = result, arguments
@@ -108,6 +111,11 @@ def current() -> Library | None:
             log.warning("CPU kernels unavailable, using plain torch (%s)", "; ".join(dict.fromkeys(reasons)))
         elif reasons:
             log.warning("CPU kernels for %s (%s)", _current.isa, "; ".join(reasons))
+        if _current is not None and _current.unkept is not None:
+            log.warning(
+                "%s, so each start compiles the CPU kernels again; set TOKENMILL_CACHE to a folder with room",
+                _current.unkept,
+            )
     return _current
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,37 @@ def test_a_folder_that_cannot_be_written_is_a_build_error(
         build.build(isa.supported()[-1])
 
 
+def test_a_process_builds_for_itself_where_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked, passing = tmp_path / "file", tmp_path / "tmp"
+    blocked.write_text("")
+    passing.mkdir()
+    monkeypatch.setenv("TOKENMILL_CACHE", str(blocked))
+    monkeypatch.setattr(tempfile, "tempdir", str(passing))
+    monkeypatch.setattr(library, "supported", isa.supported()[-1:].__iter__)
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_current", None)
+    monkeypatch.setattr(library, "_tried", False)
+    with caplog.at_level(logging.WARNING):
+        chosen = library.current()
+    assert chosen is not None
+    assert chosen.tm_probe() == 0
+    assert list(passing.iterdir()) == []
+    (record,) = caplog.records
+    assert "set TOKENMILL_CACHE" in record.getMessage()
+
+
+def test_a_full_disk_is_seen_before_the_compiler_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "ROOM", 1 << 60)
+    monkeypatch.setattr(build, "_compile", None)
+    with pytest.raises(build.UnwritableError, match="No space left"), build.built(isa.supported()[-1]):
+        pass
+
+
 def test_the_name_follows_sources_compiler_and_options(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -86,6 +118,8 @@ def test_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENMILL_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert build.cache_folder() == Path("/a")
+    monkeypatch.setenv("TOKENMILL_CACHE", "~/a")
+    assert build.cache_folder() == Path.home() / "a"
     monkeypatch.delenv("TOKENMILL_CACHE")
     assert build.cache_folder() == Path("/b/tokenmill")
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -21,6 +21,7 @@ from live_server import FAKE_ENGINE, eventually
 from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
 from tokenmill.server.cli import StartError, main, make_config
 from tokenmill.server.console import Console
+from tokenmill.server.stop_signals import stop_signals
 
 RUN = """
 import sys
@@ -149,6 +150,34 @@ def test_interrupt_while_loading(serve: Serve) -> None:
     eventually(lambda: not alive(engine), seconds=1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_start_that_is_called_off_ends_quietly(serve: Serve, number: signal.Signals) -> None:
+    served = serve()
+    eventually(lambda: "starting on" in served.log)
+    (engine,) = served.engines()
+    assert served.end(number, within=4) == 0
+    eventually(lambda: not alive(engine), seconds=1)
+    assert "Traceback" not in served.log
+
+
+def test_a_closed_terminal_ends_streams_with_an_error(serve: Serve) -> None:
+    served = serve()
+    served.wait_ready()
+    thread, lines = stream_in_thread(served.url, 50_000)
+    eventually(lambda: len(lines) > 2)
+    assert served.end(signal.SIGHUP, within=4) == 0
+    thread.join(timeout=5)
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["status_code"] == 503
+
+
+def test_nohup_keeps_its_word() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_terminate_lets_running_requests_finish(serve: Serve) -> None:
     served = serve()
     served.wait_ready()
@@ -242,16 +271,18 @@ def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["serve", "--config", str(path), "--port", port]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tokenmill: can't listen on 127.0.0.1:{port}: Address already in use")
+    assert line.endswith("choose another with --port")
 
 
 def test_address_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "m.yaml"
     path.write_text(CONFIG)
     assert main(["serve", "--config", str(path), "--host", "192.0.2.1"]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("choose another with --host")
     assert main(["serve", "--config", str(tmp_path / "none.yaml")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "none.yaml" in line
+    assert line == f"tokenmill: {tmp_path / 'none.yaml'}: can't be read: No such file or directory"
 
 
 def options(**given: object) -> Namespace:
@@ -278,7 +309,7 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert model == name
     (model,) = make_config(options(model="x", name="a/b")).models
     assert model == "a/b"
-    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"port": 70000}):
+    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}):
         with pytest.raises(StartError):
             make_config(options(**wrong))
 
@@ -328,3 +359,14 @@ def test_progress_line_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
         console.report("a/b", READY)
         console.report("a/c", READY)
     assert caplog.text.count("curl ") == 1
+
+
+def test_a_later_load_is_timed_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    console = Console("http://x", time.monotonic() - 1000, Terminal())  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            console.report("a/b", Loading("weights", None))
+            console.report("a/b", READY)
+    first, later = re.findall(r"ready after (\d+)", caplog.text)
+    assert int(first) >= 1000
+    assert int(later) < 1000

@@ -80,8 +80,9 @@ def test_client_that_leaves_while_the_model_loads(start: Start) -> None:
     eventually(lambda: live.registry.unanswered == 0, seconds=0.4)
 
 
-def test_reader_that_stops_reading_is_aborted(start: Start) -> None:
-    """Row 22: its deltas coalesce up to a bound, the others go on."""
+def test_reader_that_stops_reading_is_aborted(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 22: its deltas coalesce up to a bound, the others go on; its connection isn't kept, either."""
+    monkeypatch.setattr("tokenmill.server.http_protocol.STALL_S", 0.1)
     live = start('models: {toy/echo: {source: "fake:step_s=0", max_context: 10000000}}')
     lazy = socket.socket()
     lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -92,6 +93,8 @@ def test_reader_that_stops_reading_is_aborted(start: Start) -> None:
     eventually(lambda: live.registry.unanswered == 1)
     assert live.complete(prompt="abc", max_tokens=300).status_code == 200
     eventually(live.is_idle, seconds=40)
+    # What is left is the test's own connection.
+    eventually(lambda: len(live._server.server_state.connections) == 1)
     lazy.close()
     assert live.canary()
 
@@ -372,6 +375,17 @@ def test_slow_header_sender_is_closed(server: LiveServer, monkeypatch: pytest.Mo
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(beginning)
             assert connection.recv(100) == b"", "closed by the server"
+
+
+def test_a_body_that_stops_coming_is_refused(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.server.body.SILENCE_S", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(HEAD % 100 + b"{")
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert "stopped coming" in json.loads(answer.split(b"\r\n\r\n")[1])["error"]["message"]
 
 
 def test_bad_hosts_do_not_open_doors(start: Start) -> None:
