@@ -31,6 +31,7 @@ from tokenmill.engine.scheduler import Chunk, Scheduler, Step
 
 logger = logging.getLogger("tokenmill.engine")
 CPU_BATCH_TOKENS = 512
+CPU_QUIET_TOKENS = 1024
 GPU_BATCH_TOKENS = 8192
 SMALLEST_BATCH_TOKENS = 16
 CPU_DRAFT_ROWS = 16
@@ -73,6 +74,7 @@ class Engine:
             self.pool,
             max_batch=config.max_batch,
             max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
+            quiet_tokens=0 if on_gpu or config.max_batch_tokens else CPU_QUIET_TOKENS,
             score_tokens=self.runner.score_tokens,
             prefix_cache=config.kv_cache.prefix_cache and forward.splits_prompts,
             draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.splits_prompts else 0,
@@ -390,6 +392,7 @@ class Engine:
         too_large = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if too_large and self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
             self.scheduler.max_batch_tokens //= 2
+            self.scheduler.quiet_tokens = 0
             self.scheduler.suspects.clear()
             return
         if alone is not None:

@@ -65,9 +65,11 @@ class Scheduler:
         score_tokens: int,
         prefix_cache: bool,
         draft_rows: int = 0,
+        quiet_tokens: int = 0,
     ) -> None:
         """`score_tokens`: most prompt positions a step that are scored, so that logits stay bounded.
 
+        `quiet_tokens`: the budget of a step without decodes, where it is larger: nobody's next token waits for it.
         `draft_rows`: decode rows up to which a row more costs next to nothing, so that drafts may use them.
         """
         self.pool = pool
@@ -75,6 +77,7 @@ class Scheduler:
         self.score_tokens = score_tokens
         self.prefix_cache = prefix_cache
         self.draft_rows = draft_rows
+        self.quiet_tokens = quiet_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.suspects: list[Sequence] = []
@@ -99,8 +102,9 @@ class Scheduler:
         if self.suspects:
             self._schedule_alone(self.suspects[0], step)
             return step
-        budget = self.max_batch_tokens
-        budget = self._schedule_decodes(step, budget)
+        budget = self._schedule_decodes(step, self.max_batch_tokens)
+        if not step.chunks:
+            budget = max(budget, self.quiet_tokens)
         budget = self._schedule_prefills(step, budget)
         if not step.preempted:
             self._admit(step, budget)

@@ -84,7 +84,7 @@ class Loop:
 
     def step(self) -> None:
         step = self.scheduler.schedule()
-        assert step.num_tokens <= self.scheduler.max_batch_tokens
+        assert step.num_tokens <= max(self.scheduler.max_batch_tokens, self.scheduler.quiet_tokens)
         run = (step, self.device.run(step)) if step.chunks else None
         if self.overlap:
             run, self.in_flight = self.in_flight, run
@@ -142,10 +142,18 @@ def alone(prompt: list[int], choice: int, max_tokens: int) -> list[int]:
     return history[len(prompt) :]
 
 
-def make_loop(blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True) -> Loop:
+def make_loop(
+    blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True, quiet: int = 0
+) -> Loop:
     pool = BlockPool(blocks, SIZE)
     scheduler = Scheduler(
-        pool, max_batch=batch, max_batch_tokens=tokens, score_tokens=8, prefix_cache=cache, draft_rows=12
+        pool,
+        max_batch=batch,
+        max_batch_tokens=tokens,
+        score_tokens=8,
+        prefix_cache=cache,
+        draft_rows=12,
+        quiet_tokens=quiet,
     )
     return Loop(scheduler, overlap)
 
@@ -184,6 +192,7 @@ def test_random_histories(data: st.DataObject) -> None:
         data.draw(st.integers(1, 24), "budget"),
         overlap=data.draw(st.booleans(), "overlap"),
         cache=data.draw(st.booleans(), "cache"),
+        quiet=data.draw(st.sampled_from([0, 30]), "quiet"),
     )
     number = 0
     for _ in range(data.draw(st.integers(1, 40))):
@@ -232,6 +241,19 @@ def test_decodes_come_before_prefills_and_share_the_budget() -> None:
     loop.add(sequence_of(1, [5] * 30, 4))
     step = loop.scheduler.schedule()
     assert [(c.sequence.request, c.count) for c in step.chunks] == [(0, 1), (1, 7)]
+
+
+def test_prompts_take_longer_steps_while_nobody_decodes() -> None:
+    loop = make_loop(40, 8, 8, overlap=False, quiet=20)
+    loop.add(sequence_of(0, [5] * 30, 4))
+    steps = []
+    for _ in range(3):
+        step = loop.scheduler.schedule()
+        steps.append([(c.sequence.request, c.count) for c in step.chunks])
+        loop.collect(step, loop.device.run(step))
+        if len(steps) == 2:
+            loop.add(sequence_of(1, [6] * 30, 4))
+    assert steps == [[(0, 20)], [(0, 10)], [(0, 1), (1, 7)]]
 
 
 def test_choices_share_one_prefill() -> None:
