@@ -73,6 +73,7 @@ class StepInputs:
     settings: Settings  # [N] each: how to draw
     copies: tuple[Tensor, Tensor] | None  # (source, target) blocks
     constrained: bool  # whether some sampler follows a grammar
+    plain: bool = False  # whether nothing but temperatures tells how the samplers draw
     bucket: int = 0  # rows of the captured graph that runs this step; 0: none does
 
 
@@ -88,6 +89,19 @@ class DecodeRows:
     table: NDArray[np.int32]  # [R, P]
     known: tuple[NDArray[np.int64], NDArray[np.int64]] | None
     """(slots, tokens) of the inputs that the host knows; the others are on the device."""
+
+
+@dataclass(slots=True)
+class Repeated:
+    """What a step of one token a sequence shares with the step before it, of the same sequences."""
+
+    version: int
+    slots: list[int]
+    rows: NDArray[np.int64]
+    lines: NDArray[np.int64]  # 0, 1, … R - 1
+    table: NDArray[np.int32]
+    plain: bool
+    tensors: list[Tensor]  # the table, query starts, logits rows, no targets, slots, five settings
 
 
 class InputBatch:
@@ -123,6 +137,7 @@ class InputBatch:
         self.min_tokens = np.zeros(max_batch, np.int64)
         self._blocks = np.zeros((max_batch, max_blocks), np.int32)
         self._num_blocks = [0] * max_batch
+        self._repeated: Repeated | None = None
 
     def start(self, sequence: Sequence) -> None:
         """Write the row of a sequence that just got its slot."""
@@ -145,6 +160,8 @@ class InputBatch:
 
     def prepare(self, step: Step) -> StepInputs:
         """The tensors of one step; call it right after `schedule`, before anything else changes the sequences."""
+        if (repeated := self._prepare_repeated(step)) is not None:
+            return repeated
         chunks = step.chunks
         if any(a.count > 1 and b.count == 1 for a, b in pairwise(chunks)):
             chunks.sort(key=lambda chunk: chunk.count > 1)  # kernels take the single tokens first
@@ -190,6 +207,73 @@ class InputBatch:
             constrained=any(row.sequence.matcher is not None for row in samplers),
         )
 
+    def _prepare_repeated(self, step: Step) -> StepInputs | None:
+        """`prepare` for a step of known tokens, one a sequence, each of which draws; None for others."""
+        chunks = step.chunks
+        if step.copies or not chunks:
+            return None
+        tokens: list[int] = []
+        samplers: list[SampleRow] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.count != 1 or chunk.drafts or chunk.samplers != [sequence]:
+                return None
+            tokens += sequence.tokens(chunk.start, chunk.start + 1)
+            samplers.append(SampleRow(sequence, sequence.num_generated - 1, [], 0))
+        if len(tokens) != len(chunks):  # some are still on the device
+            return None
+        same = self._same_rows(chunks)
+        positions = np.array([chunk.start for chunk in chunks], np.int64)
+        blocks = same.table[same.lines, positions // self.block_size].astype(np.int64)
+        generated = np.array([row.generated for row in samplers], np.int64)
+        put = self.staging.put(
+            [
+                np.array(tokens, np.int64),
+                positions,
+                blocks * self.block_size + positions % self.block_size,
+                (positions + 1).astype(np.int32),
+                generated,
+            ]
+        )
+        table, query_start, logits_index, targets, lines, *settings = same.tensors
+        return StepInputs(
+            input_ids=put[0],
+            positions=put[1],
+            slots=put[2],
+            block_table=table,
+            seq_lens=put[3],
+            query_start=query_start,
+            logits_index=logits_index,
+            decodes=len(chunks),
+            carried=None,
+            scored=[],
+            targets=targets,
+            samplers=samplers,
+            rows=same.rows,
+            generated=generated,
+            lines=lines,
+            settings=(settings[0], settings[1], settings[2], settings[3], settings[4], put[4]),
+            copies=None,
+            constrained=any(row.sequence.matcher is not None for row in samplers),
+            plain=same.plain,
+        )
+
+    def _same_rows(self, chunks: list[Chunk]) -> Repeated:
+        slots, widest = self._grow(chunks)
+        same = self._repeated
+        if same is not None and same.version == self.version and same.slots == slots:
+            return same
+        rows, count = np.array(slots, np.int64), len(slots)
+        lines, table = np.arange(count), self._blocks[rows, :widest]
+        special = self.penalized[rows] | self.filtered[rows] | self.scored[rows] | (self.min_tokens[rows] > 0)
+        starts = np.arange(count + 1, dtype=np.int32)
+        settings = self._settings(rows, lines)[:-1]
+        arrays: list[NDArray[Any]] = [table, starts, lines, lines[:0], rows, *settings]
+        self._repeated = same = Repeated(
+            self.version, slots, rows, lines, table, not bool(special.any()), self.staging.put(arrays)
+        )
+        return same
+
     def _settings(self, rows: NDArray[np.int64], generated: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
         """How these slots draw, in the order of `kernel_set.Settings`."""
         return (
@@ -222,6 +306,12 @@ class InputBatch:
 
     def _table(self, chunks: list[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The chunks' slots [R], and their blocks [R, P]."""
+        slots, widest = self._grow(chunks)
+        rows = np.array(slots, np.int64)
+        return rows, self._blocks[rows, :widest]
+
+    def _grow(self, chunks: list[Chunk]) -> tuple[list[int], int]:
+        """Write down new blocks of the chunks' sequences; their slots, and the most blocks of one."""
         held, slots, widest = self._num_blocks, [], 0
         for chunk in chunks:
             sequence = chunk.sequence
@@ -234,8 +324,7 @@ class InputBatch:
                 self._blocks[slot, known:now] = sequence.blocks[known:]
                 held[slot] = now
                 self.version += 1
-        rows = np.array(slots, np.int64)
-        return rows, self._blocks[rows, :widest]
+        return slots, widest
 
     def _tokens(
         self, chunks: list[Chunk], query_start: NDArray[np.int64], total: int

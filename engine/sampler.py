@@ -113,13 +113,19 @@ class Sampler:
 
     def graph_variant(self, rows: NDArray[np.int64], generated: NDArray[np.int64]) -> str:
         """Which captured sampler these slots can use: plain, full (filters, penalties), or none of them."""
-        biased = bool(self._bias) and any(slot in self._bias for slot in rows.tolist())
-        if biased or self._holds_back(rows, generated):
+        if self._biased(rows) or self._holds_back(rows, generated):
             return "none"
         return "full" if (self._batch.penalized[rows] | self._batch.filtered[rows]).any() else "plain"
 
+    def _biased(self, rows: NDArray[np.int64]) -> bool:
+        return bool(self._bias) and any(slot in self._bias for slot in rows.tolist())
+
     def sample(self, logits: Tensor, inputs: StepInputs) -> Sampled:
         """Draw one token for each sampler; logits [S + N, V] in the model's dtype, scored prompt rows first."""
+        if inputs.plain and not inputs.constrained and not self._biased(inputs.rows):
+            tokens, flags = self._kernels.draw(logits, inputs.settings, filtered=False)
+            self.last_tokens.index_copy_(0, inputs.lines, tokens)
+            return Sampled(tokens, flags, [], None, None)
         scored = len(inputs.targets)
         prompt = None
         if scored:
@@ -131,7 +137,7 @@ class Sampler:
         tokens, flags = self._kernels.draw(
             work, inputs.settings, filtered=filtered, counted=self._counted(inputs)
         )
-        self.last_tokens[inputs.lines] = tokens
+        self.last_tokens.index_copy_(0, inputs.lines, tokens)
         return self.score(Sampled(tokens, flags, [], None, prompt), raw, inputs)
 
     def score(self, sampled: Sampled, raw: Tensor, inputs: StepInputs) -> Sampled:
