@@ -90,7 +90,8 @@ class PagedForward:
             config, layers, dtype, model.device, model.max_context, self._block_size, activations
         )
         token_bytes = kv_cache.block_bytes(layers, 1, dtype)
-        history = kv_cache.history(config, model.device, token_bytes * self._block_size)
+        block_bytes = token_bytes * self._block_size
+        history = kv_cache.history(config, model.device, block_bytes, model.size.weight_bytes)
         self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history)
         self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
         self._touches = self._cache.touches()

@@ -21,8 +21,8 @@ from tokenmill.kernels.cpu import memory
 CPU_GIB = 1.0
 TOUCHED_BYTES = 128 * 2**20
 """Of a CPU's cache that are made ready before they are needed; the rest is taken as it is used."""
-HISTORY_BYTES = 256 * 2**20
-"""Of a CPU's cache that contents of ended requests may take before they are overwritten."""
+HISTORY_BYTES = 128 * 2**20
+"""Of a CPU's cache that contents of ended requests may take before they are overwritten; more for a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,17 @@ def count_blocks(
     return blocks
 
 
-def history(config: EngineConfig, device: torch.device, bytes_per_block: float) -> int | None:
+def history(
+    config: EngineConfig, device: torch.device, bytes_per_block: float, weight_bytes: float
+) -> int | None:
     """How many blocks of ended requests to keep before memory is taken that was never used; None: no limit.
 
-    Where nobody says how large a CPU's cache is to be, the process grows with its work, not up to the cache's size.
+    Where nobody says how large a CPU's cache is to be, the process grows with its work, not up to the cache's size:
+    what it keeps for requests to come may take half of what the weights do.
     """
     if device.type != "cpu" or config.kv_cache.gib is not None or config.num_blocks is not None:
         return None
-    return int(HISTORY_BYTES // bytes_per_block)
+    return int(max(HISTORY_BYTES, weight_bytes / 2) // bytes_per_block)
 
 
 def allocate(
