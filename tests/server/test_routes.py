@@ -143,7 +143,6 @@ def test_metrics(start: Callable[..., LiveServer]) -> None:
 
 def test_unknown_routes_and_methods(server: LiveServer) -> None:
     for method, path, status in (
-        ("GET", "/", 404),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/models/", 405),
         ("GET", "/v1/completions", 405),
