@@ -19,7 +19,7 @@ from tokenmill.server.errors import ClientGone, bad_request, internal_error, una
 from tokenmill.server.guard import Guard
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.metrics import ModelMetrics
-from tokenmill.server.model import Place
+from tokenmill.server.place import Place
 from tokenmill.server.prompts import PromptInput
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.metrics import ModelMetrics
+from tokenmill.server.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -39,41 +40,6 @@ STEADY_S = 60.0
 LOAD_ATTEMPTS = 3
 """Deaths while loading, one after the other, after which a model has failed for good."""
 RETRY_LOADING_S = 5
-
-
-class Place:
-    """One request's place: in the queue until its first token, in the batch until it is released."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._waiting = True
-        self._held = True
-        self._engine: Engine | None = None
-        model.queued += 1
-
-    def enter(self, engine: Engine) -> None:
-        """The engine that serves it, which isn't ended before the place is released."""
-        self._engine = engine
-        engine.requests += 1
-
-    def start(self) -> None:
-        """The first token is there."""
-        if self._waiting and self._held:
-            self._waiting = False
-            self._model.queued -= 1
-            self._model.started += 1
-
-    def release(self) -> None:
-        """The request has ended. May be called twice."""
-        if self._held:
-            self._held = False
-            if self._waiting:
-                self._model.queued -= 1
-            else:
-                self._model.started -= 1
-            if self._engine is not None:
-                self._engine.requests -= 1
-                self._model.on_release()
 
 
 class Model:

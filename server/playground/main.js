@@ -64,17 +64,15 @@ function setRunning(controller) {
   $("choices").setAttribute("aria-busy", Boolean(controller));
 }
 
-/** Fill `choices` from the stream; the tokens that the server counted. */
+/** Fill `choices` from the stream, and tell `clock` the tokens that the server counted. */
 async function receive(request, choices, clock, signal) {
-  let tokens;
   for await (const chunk of chunks(request, headers(), signal)) {
-    tokens = chunk.usage?.completion_tokens ?? tokens;
+    clock.tokens = chunk.usage?.completion_tokens ?? clock.tokens;
     for (const choice of chunk.choices) {
       if (choice.text || choice.delta?.content || choice.delta?.reasoning_content) clock.tick();
       choices[choice.index].add(choice);
     }
   }
-  return tokens;
 }
 
 async function send() {
@@ -99,10 +97,9 @@ async function send() {
   const controller = new AbortController();
   setRunning(controller);
   const clock = new Clock();
-  let tokens;
   let failure = null;
   try {
-    tokens = await receive(request, choices, clock, controller.signal);
+    await receive(request, choices, clock, controller.signal);
   } catch (error) {
     failure = error;
   }
@@ -111,7 +108,7 @@ async function send() {
   setRunning(null);
   const stopped = controller.signal.aborted;
   const ending = failure ? (stopped ? "Stopped" : "Failed") : "Done";
-  $("status").textContent = `${ending}: ${clock.summary(tokens, count)}.`;
+  $("status").textContent = `${ending}: ${clock.summary(count)}.`;
   if (failure && !stopped) report(failure.message);
   if (question) keepAnswer(question, choices[0], failure && !stopped);
 }
@@ -133,12 +130,22 @@ function keepAnswer(question, answer, failed) {
   $("history").append(answer.root);
 }
 
+/** Keep the shown command true to the form; what is wrong with the form stands in its place. */
+function showCurl() {
+  if (!$("curl").open) return;
+  const place = $("curl").querySelector("pre");
+  try {
+    place.textContent = asCurl(makeRequest(mode(), history));
+  } catch (error) {
+    place.textContent = error.message;
+  }
+}
+
 async function copyCurl() {
   try {
     const command = asCurl(makeRequest(mode(), history));
-    const place = $("curl").querySelector("pre");
-    place.textContent = command;
     $("curl").open = true;
+    showCurl();
     await navigator.clipboard.writeText(command);
     $("status").textContent = "Copied.";
   } catch (error) {
@@ -160,6 +167,8 @@ document.addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", clear);
 $("copy").addEventListener("click", copyCurl);
+$("curl").addEventListener("toggle", showCurl);
+document.addEventListener("input", showCurl);
 $("key").addEventListener("change", listModels);
 form.elements.mode.forEach((option) => option.addEventListener("change", setMode));
 explainTokens($("answer"), $("token"));

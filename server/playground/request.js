@@ -40,7 +40,7 @@ export function makeRequest(mode, history) {
     top_logprobs: alternatives || undefined,
     response_format: schema(),
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { include_usage: true, continuous_usage_stats: true },
   };
   // Through JSON, which leaves out what is undefined.
   return {

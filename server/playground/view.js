@@ -72,6 +72,7 @@ export function explainTokens(root, line) {
 export class Clock {
   constructor() {
     this.begun = performance.now();
+    this.tokens = 0;
   }
 
   tick() {
@@ -79,13 +80,13 @@ export class Clock {
     this.first ??= this.last;
   }
 
-  /** `tokens`: of all choices, the first of which came with the first tick. */
-  summary(tokens, choices) {
+  /** In words. The first token of each choice came with the first tick and isn't part of the speed. */
+  summary(choices) {
     if (this.first === undefined) return "no token";
-    const parts = [`first token after ${Math.round(this.first - this.begun)} ms`];
-    if (tokens !== undefined) parts.unshift(`${tokens} tokens`);
+    const parts = [`${this.tokens} tokens`, `first after ${Math.round(this.first - this.begun)} ms`];
     const seconds = (this.last - this.first) / 1000;
-    if (tokens > choices && seconds > 0) parts.push(`${((tokens - choices) / seconds).toFixed(1)} tokens/s`);
+    const later = this.tokens - choices;
+    if (later > 0 && seconds > 0) parts.push(`${(later / seconds).toFixed(1)} tokens/s`);
     return parts.join(", ");
   }
 }
