@@ -14,7 +14,7 @@ from tokenmill.server.config_file import SAMPLING_KEYS
 from tokenmill.server.errors import bad_request, shorten
 from tokenmill.server.fim import Fim
 from tokenmill.server.grammar_fields import requested_grammar
-from tokenmill.server.model import Engine
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.parse import ALIASES, first_of
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import (

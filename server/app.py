@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated
 
-import msgspec
-from fastapi import FastAPI, Path
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenmill.server.admin import add_admin_routes
+from tokenmill.server.api_docs import add_docs
 from tokenmill.server.auth import KeyRing
 from tokenmill.server.boundary import Boundary, http_error
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import ApiError
 from tokenmill.server.metrics import render
 from tokenmill.server.openapi import Operation, document_operations
+from tokenmill.server.playground_routes import add_playground
 from tokenmill.server.probe_responses import (
     HealthResponse,
     LiveResponse,
@@ -27,16 +28,10 @@ from tokenmill.server.probe_responses import (
     ModelRow,
 )
 from tokenmill.server.registry import Registry
-from tokenmill.server.routes import add_model_routes
+from tokenmill.server.responses import json_response
+from tokenmill.server.routes import ModelId, add_model_routes
+from tokenmill.server.version import VERSION
 
-VERSION = "0.1.0"
-ModelId = Annotated[
-    str,
-    Path(
-        description="A model's name, a deployment's or an alias. It may hold slashes.",
-        examples=["huggingfacetb/smollm2-135m-instruct"],
-    ),
-]
 OPERATIONS = (
     Operation("/v1/models", ModelList, errors=()),
     Operation("/v1/models/{model_id}", ModelRow, errors=("404",)),
@@ -48,8 +43,11 @@ OPERATIONS = (
 """What the other routes give."""
 
 
-def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(
+    registry: Registry, config: ServerConfig, keys: Sequence[str] = (), admin_keys: Sequence[str] = ()
+) -> FastAPI:
     """The application over a registry, which it starts and stops with itself."""
+    ring = KeyRing(keys, admin_keys, config.admin_keys_env)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -65,13 +63,16 @@ def create_app(registry: Registry, config: ServerConfig, keys: Sequence[str] = (
         description="A local inference server for open-weight models.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(Boundary, keys=KeyRing(keys))],
+        middleware=[Middleware(Boundary, keys=ring)],
         exception_handlers={HTTPException: _on_http_error},
     )
-    operations = add_model_routes(app, registry, config)
+    operations = [*add_model_routes(app, registry, config), *add_admin_routes(app, registry, ring)]
     _add_models(app, registry)
     _add_probes(app, registry)
+    add_docs(app)
+    add_playground(app)
     document_operations(app, [*operations, *OPERATIONS])
     return app
 
@@ -85,38 +86,38 @@ def _error_response(error: ApiError) -> Response:
     return Response(error.body(), error.status, error.headers, "application/json")
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
 def _add_models(app: FastAPI, registry: Registry) -> None:
     @app.get("/v1/models", summary="List models", response_class=Response)
     async def list_models() -> Response:
         rows = [registry.describe(variant) for variant in registry.variants()]
-        return _json({"object": "list", "data": rows})
+        return json_response({"object": "list", "data": rows})
 
     @app.get("/v1/models/{model_id:path}", summary="Describe a model", response_class=Response)
     async def get_model(model_id: ModelId) -> Response:
         variant, _ = registry.find(model_id)
-        return _json(registry.describe(variant))
+        return json_response(registry.describe(variant))
 
 
 def _add_probes(app: FastAPI, registry: Registry) -> None:
     @app.get("/live", summary="Whether the process runs", response_class=Response)
     async def live() -> Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     @app.get("/health", summary="Whether at least one model serves", response_class=Response)
     async def health() -> Response:
         serves, models = registry.health()
-        return _json({"status": "ok" if serves else "unavailable", "models": models}, 200 if serves else 503)
+        return json_response(
+            {"status": "ok" if serves else "unavailable", "models": models}, 200 if serves else 503
+        )
 
     @app.get("/health/{model_id:path}", summary="Whether one model serves", response_class=Response)
     async def model_health(model_id: ModelId) -> Response:
         variant, model = registry.find(model_id)
         serves = model.serves and not registry.draining
         row = {"status": "ok" if serves else "unavailable", "model": variant.name, "state": model.status}
-        return _json(row if model.reason is None else {**row, "reason": model.reason}, 200 if serves else 503)
+        return json_response(
+            row if model.reason is None else {**row, "reason": model.reason}, 200 if serves else 503
+        )
 
     @app.get("/metrics", summary="Metrics in Prometheus' text format", response_class=Response)
     async def metrics() -> Response:

@@ -15,7 +15,8 @@ from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Ex
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import ApiError
 from tokenmill.server.generation import Generation
-from tokenmill.server.model import Engine, Model
+from tokenmill.server.loaded_engine import Engine
+from tokenmill.server.model import Model
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
 

@@ -22,7 +22,7 @@ from tokenmill.server.chat_parse import ChatInput, template_variables
 from tokenmill.server.chat_protocol import Message
 from tokenmill.server.chat_text import ChatText
 from tokenmill.server.errors import bad_request
-from tokenmill.server.model import Engine
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import INLINE_CHARACTERS, check_length, encode_texts
 from tokenmill.server.protocol import CompletionRequest

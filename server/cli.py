@@ -26,6 +26,7 @@ from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.logs import configure
 from tokenmill.server.plan import make_plan, spawn_preloaded
 from tokenmill.server.stop_signals import stop_signals
+from tokenmill.server.version import VERSION
 
 logger = logging.getLogger("tokenmill")
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenmill", description="A local inference server for open-weight models."
     )
+    parser.add_argument("--version", action="version", version=f"tokenmill {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve the models of models.yaml over HTTP")
     serve.add_argument(
@@ -90,14 +92,19 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
     begun = time.monotonic()
     config = make_config(options)
     listener = listen(config.server.host, config.server.port)
-    keys = read_keys(config.server.api_keys_env)
-    configure(secrets=keys)
+    keys, admin_keys = read_keys(config.server.api_keys_env), read_keys(config.server.admin_keys_env)
+    if set(keys) & set(admin_keys):
+        raise StartError(
+            f"{config.server.api_keys_env} and {config.server.admin_keys_env} share a key; "
+            "an API key must not be an admin key"
+        )
+    configure(secrets=(*keys, *admin_keys))
     url = _url(config.server.host, listener.getsockname()[1])
     plan = make_plan(config)
     processes = _spawn(config, engine_command)
     logger.info("starting on %s with %s", url, ", ".join(plan.engines))
     try:
-        return _run(config, keys, listener, Console(url, begun), processes, engine_command)
+        return _run(config, (keys, admin_keys), listener, Console(url, begun), processes, engine_command)
     finally:
         for process in processes.values():
             process.kill()
@@ -192,7 +199,7 @@ def _spawn(config: Config, engine_command: Sequence[str]) -> dict[str, EnginePro
 
 def _run(
     config: Config,
-    keys: Sequence[str],
+    keys: tuple[Sequence[str], Sequence[str]],
     listener: socket.socket,
     console: Console,
     processes: dict[str, EngineProcess],
@@ -207,9 +214,8 @@ def _run(
 
     async def run() -> None:
         registry = Registry(config, command=engine_command, processes=processes, progress=console.report)
-        await Lifecycle(create_app(registry, config.server, keys), registry, config.server.drain_s).run(
-            listener
-        )
+        app = create_app(registry, config.server, *keys)
+        await Lifecycle(app, registry, config.server.drain_s).run(listener)
 
     uvloop.run(run())
     return 0

@@ -18,8 +18,8 @@ from tokenmill.server.completions import CompletionEndpoint, Exchange, Writer
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import bad_request
 from tokenmill.server.generation import Choice, Generation
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.logprobs import ScoredTokens, chat_content
-from tokenmill.server.model import Engine
 from tokenmill.server.parse import parse_completion
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.tool_protocol import read_tools

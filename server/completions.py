@@ -17,7 +17,8 @@ from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import ApiError, ClientGone, internal_error
 from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.guard import Guard
-from tokenmill.server.model import Engine, Model
+from tokenmill.server.loaded_engine import Engine
+from tokenmill.server.model import Model
 from tokenmill.server.parse import first_of, parse_completion
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
@@ -135,7 +136,7 @@ class Exchange:
         request, context, model = self._request, self._context, self._model
         place = model.admit()
         try:
-            engine = await model.acquire()
+            engine = await model.acquire(place)
             salt = cache_salt(self._options.salt_rule, context.api_key, request.user)
             job = await self._job(engine, salt)
             # What is ranked at the end can't be streamed as it comes.

@@ -35,6 +35,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     api_keys_env: str | None = "TOKENMILL_API_KEYS"
     """Name of the environment variable that holds the keys, separated by commas or spaces."""
+    admin_keys_env: str | None = "TOKENMILL_ADMIN_KEYS"
+    """The same for the keys that may load and unload models. Where it is empty, nobody may."""
     max_body_mb: Annotated[float, Meta(gt=0, le=1024)] = 16
     max_queue: Count = 256
     """Requests that may wait for a place in one model's batch; more get 429."""

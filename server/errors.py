@@ -67,6 +67,11 @@ def unavailable(message: str, code: str, retry_after_s: int | None) -> ApiError:
     return ApiError(503, message, kind="service_unavailable_error", code=code, headers=headers)
 
 
+def draining() -> ApiError:
+    """503: the server takes nothing on any more."""
+    return unavailable("the server is shutting down", "draining", 1)
+
+
 def timed_out(seconds: float) -> ApiError:
     """504: the request's own deadline has passed."""
     return ApiError(

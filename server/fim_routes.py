@@ -14,7 +14,8 @@ from tokenmill.server.context import RequestContext
 from tokenmill.server.fim_answers import FimAnswer, InfillAnswer, LineRules
 from tokenmill.server.fim_protocol import FimRequest, InfillRequest
 from tokenmill.server.generation import Generation
-from tokenmill.server.model import Engine, Model
+from tokenmill.server.loaded_engine import Engine
+from tokenmill.server.model import Model
 from tokenmill.server.parse import check_conflicts, validated
 from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import Infill

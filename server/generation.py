@@ -17,8 +17,9 @@ from tokenmill.server.admission import Job
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import ClientGone, bad_request, internal_error, unavailable
 from tokenmill.server.guard import Guard
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.metrics import ModelMetrics
-from tokenmill.server.model import Engine, Place
+from tokenmill.server.place import Place
 from tokenmill.server.prompts import PromptInput
 
 logger = logging.getLogger(__name__)

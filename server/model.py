@@ -1,10 +1,14 @@
-"""One engine under supervision: started, watched, restarted, unloaded when idle.
+"""One engine under supervision: started, watched, restarted, unloaded when idle or by hand.
 
-unloaded ──wanted──▶ loading ──Ready──▶ loaded ──idle──▶ unloaded
+unloaded ──wanted──▶ loading ──Ready──▶ loaded ──idle, by hand──▶ unloaded
                         │ ▲               │
              LoadFailed │ └───back-off────┤ crash, hang
                         ▼                 ▼
                       failed (for good)   failed (until the restart)
+
+`supervise` alone starts and ends processes; all others change what is wanted (`_ask`, `_leave`) and wake it.
+So whatever comes between, the last word holds: an engine that has been told to leave finishes its requests
+and goes, and when somebody has asked for the model meanwhile, a new one is loaded after it.
 """
 
 from __future__ import annotations
@@ -16,14 +20,12 @@ from typing import Literal
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import FromEngine, LoadFailed, Loading, Ready, Stats
-from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.server.chat_format import ChatFormat
-from tokenmill.server.config import FimMarkup
 from tokenmill.server.engine_client import EngineClient
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
-from tokenmill.server.fim import Fim, make_fim
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.metrics import ModelMetrics
+from tokenmill.server.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -38,63 +40,6 @@ STEADY_S = 60.0
 LOAD_ATTEMPTS = 3
 """Deaths while loading, one after the other, after which a model has failed for good."""
 RETRY_LOADING_S = 5
-
-
-class Engine:
-    """A loaded engine: its socket, its tokenizer and what it said about itself."""
-
-    def __init__(self, client: EngineClient, ready: Ready) -> None:
-        self.client = client
-        self.ready = ready
-        self.tokenizer = Tokenizer(ready.tokenizer)
-        self._fims: dict[FimMarkup | str | bool, Fim | None] = {}
-        self._chats: dict[tuple[str | None, str], ChatFormat] = {}
-
-    @property
-    def context(self) -> int:
-        """Tokens that one sequence may have: the model's limit, or all of the KV cache where that is less."""
-        return min(self.ready.max_context, self.ready.num_blocks * self.ready.block_size)
-
-    async def fim(self, wanted: FimMarkup | str | bool) -> Fim | None:
-        """How the model fills in the middle, by an entry's `fim`; None where it can't."""
-        if wanted not in self._fims:
-            # The serialised tokenizer is megabytes of JSON.
-            self._fims[wanted] = await asyncio.to_thread(make_fim, self.tokenizer, wanted)
-        return self._fims[wanted]
-
-    def chat(self, template: str | None, tool_parser: str) -> ChatFormat:
-        """How the model chats, by an entry's `chat_template` (None: its own) and `tool_parser`. `ApiError`
-        400 where it has no template."""
-        wanted = (template, tool_parser)
-        if wanted not in self._chats:
-            self._chats[wanted] = ChatFormat(self.tokenizer, template, tool_parser)
-        return self._chats[wanted]
-
-
-class Place:
-    """One request's place: in the queue until its first token, in the batch until it is released."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._waiting = True
-        self._held = True
-        model.queued += 1
-
-    def start(self) -> None:
-        """The first token is there."""
-        if self._waiting and self._held:
-            self._waiting = False
-            self._model.queued -= 1
-            self._model.started += 1
-
-    def release(self) -> None:
-        """The request has ended. May be called twice."""
-        if self._held:
-            self._held = False
-            if self._waiting:
-                self._model.queued -= 1
-            else:
-                self._model.started -= 1
 
 
 class Model:
@@ -118,7 +63,6 @@ class Model:
         self.config = config
         self.status: Status = "unloaded" if lazy else "loading"
         self.reason: str | None = None
-        self.engine: Engine | None = None
         self.stats: Stats | None = None
         self.metrics = ModelMetrics()
         self.queued = 0
@@ -133,23 +77,37 @@ class Model:
         self._process = process
         self._progress = progress
         self._client: EngineClient | None = None
+        self._engine: Engine | None = None
+        """What the present process became when it was ready; serves while the status is `loaded`."""
+        self._lazy = lazy
         self._wanted = asyncio.Event()
         self._changed = asyncio.Event()
-        self._lost = asyncio.Event()
+        self._stir = asyncio.Event()
+        """Wakes `supervise` before its time."""
+        self._lost = False
+        self._failures = 0
         self._silent_s = 0.0
         self._idle_s = 0.0
         self._retry_after_s: int | None = None
         self._load_error: str | None = None
         self._served = False
         self._crashed = False
-        self._unloading = False
+        self._leaving = False
+        """Whether the present process is to end as soon as its requests have."""
+        self._by_hand = False
+        """Whether only `load` brings the model back."""
         if not lazy:
             self._wanted.set()
 
     @property
+    def engine(self) -> Engine | None:
+        """The engine that takes requests; None while there is none."""
+        return self._engine if self.status == "loaded" else None
+
+    @property
     def serves(self) -> bool:
         """Whether a request would be taken on: loaded and alive, or to be loaded when asked for."""
-        return self.status in ("loaded", "unloaded")
+        return self.status == "loaded" or (self.status == "unloaded" and not self._by_hand)
 
     # Requests
 
@@ -160,11 +118,13 @@ class Model:
             raise overloaded(f"{self.name} has {self.queued} requests waiting, which is all it takes on", 1)
         return Place(self)
 
-    async def acquire(self) -> Engine:
-        """The loaded engine. Waits for one that is loading, up to `load_wait_s`. Raises `ApiError` (503)."""
-        if self.status == "unloaded":
-            self._set("loading")
-            self._wanted.set()
+    async def acquire(self, place: Place | None = None) -> Engine:
+        """The loaded engine. Waits for one that is loading, up to `load_wait_s`. Raises `ApiError` (503).
+
+        It may be ended at any time, but not before a `place` that is given with it is released.
+        """
+        if self.status == "unloaded" and not self._by_hand:
+            self._ask()
         self._idle_s = 0.0
         if self.status == "loading" and not self._crashed and self._load_wait_s > 0:
             try:
@@ -173,99 +133,181 @@ class Model:
                         await self._changed.wait()
             except TimeoutError:
                 raise self._unavailable() from None
-        if self.engine is None:
+        engine = self.engine
+        if engine is None:
             raise self._unavailable()
-        return self.engine
+        if place is not None:
+            place.enter(engine)
+        return engine
+
+    def on_release(self) -> None:
+        """A place that held an engine is free."""
+        if self._leaving:
+            self._stir.set()
 
     def _unavailable(self) -> ApiError:
         if self.status == "loading":
             return unavailable(f"{self.name} is loading", "model_loading", RETRY_LOADING_S)
+        if self.status == "unloaded":
+            # A lazy one, unloaded while this request waited for it, loads again when it is asked again.
+            after = f"; POST /v1/models/{self.name}/load brings it back" if self._by_hand else ""
+            return unavailable(
+                f"{self.name} was unloaded{after}", "model_unloaded", None if self._by_hand else 1
+            )
         if self._retry_after_s is None:
             return unavailable(
                 f"{self.name} could not be loaded; GET /v1/models says why", "model_failed", None
             )
         return unavailable(f"{self.name} is down and will be restarted", "engine_down", self._retry_after_s)
 
+    # Orders
+
+    async def load(self) -> None:
+        """Load the model unless it is, and wait for the outcome; a restart that is due comes at once.
+
+        Raises `ApiError`: 503 where it can't be loaded, 409 where it was unloaded meanwhile.
+        """
+        self._by_hand = False
+        self._idle_s = 0.0
+        if self.status in ("unloaded", "failed"):
+            # The first failure is reported to who gave the order; a broken file isn't tried again.
+            self._served = self._crashed = False
+            self._failures = 0
+            self._ask()
+        while self.status == "loading":
+            await self._changed.wait()
+        if self.status == "failed":
+            message = f"{self.name} could not be loaded: {self.reason}"
+            raise unavailable(message, "model_failed", self._retry_after_s)
+        if self.status == "unloaded":
+            message = f"{self.name} was unloaded before it was ready"
+            raise ApiError(409, message, kind="conflict_error", code="model_unloaded")
+
+    async def unload(self) -> None:
+        """Unload the model, and wait until its engine process has finished its requests and ended.
+
+        A lazy model is loaded again when a request asks for it, any other when `load` does.
+        """
+        process = self._process
+        self._by_hand = not self._lazy
+        if self.status != "unloaded":
+            logger.info("%s: to be unloaded, as it was asked for", self.name)
+            self._leave()
+        while process is not None and self._process is process:
+            await self._changed.wait()
+
+    def _ask(self) -> None:
+        """Want an engine."""
+        self._set("loading")
+        self._wanted.set()
+        self._stir.set()
+
+    def _leave(self) -> None:
+        """Want none: the present one takes no more requests and goes after its last."""
+        self._leaving = True
+        self._crashed = False
+        self._wanted.clear()
+        self._set("unloaded")
+        self._stir.set()
+
     # Supervision
 
     async def supervise(self) -> None:
         """Run until cancelled: load when wanted, restart after a crash, unload when idle."""
         loop = asyncio.get_running_loop()
-        failures = 0
         try:
             while True:
-                await self._wanted.wait()
+                while not self._wanted.is_set():
+                    await self._wanted.wait()
                 self._set("loading")
                 begun = loop.time()
                 ending = await self._run_once()
                 if ending is None:
-                    failures = 0
+                    self._failures = 0
                     continue
-                failures = 1 if loop.time() - begun > STEADY_S else failures + 1
-                if not self._served and (self._load_error is not None or failures >= LOAD_ATTEMPTS):
+                self._failures = 1 if loop.time() - begun > STEADY_S else self._failures + 1
+                if not self._served and (self._load_error is not None or self._failures >= LOAD_ATTEMPTS):
                     self._wanted.clear()
                     self._fail(ending)
                     continue
-                delay = min(SLOWEST_RESTART_S, FIRST_RESTART_S * 2 ** (failures - 1))
+                delay = min(SLOWEST_RESTART_S, FIRST_RESTART_S * 2 ** (self._failures - 1))
                 self._crashed = True
                 self._fail(f"{ending}; restart in {delay:g} s", int(delay) + 1)
-                await asyncio.sleep(delay)
+                await self._stirred(delay)
         finally:
-            if self._client is not None:
-                self._client.close("the server is shutting down")
-            if self._process is not None:
-                await self._reap(self._process)
+            await self._end()
+
+    async def _end(self) -> None:
+        """End the process, and let nobody wait for a model that won't come."""
+        self._wanted.clear()
+        if self._client is not None:
+            self._client.close("the server is shutting down")
+        if self._process is not None:
+            await self._reap(self._process)
+            self._process = None
+        self.reason, self._retry_after_s = "the server is shutting down", 1
+        self._set("failed")
+
+    async def _stirred(self, seconds: float) -> bool:
+        """Wait to be woken, for so long at most; whether that happened."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stir.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._stir.clear()
+        return True
 
     async def _run_once(self) -> str | None:
         """One engine process from start to end; why it ended, or None when it was unloaded on purpose."""
-        self._lost.clear()
+        self._lost = self._leaving = False
         self._silent_s = self._idle_s = 0.0
-        self._unloading = False
-        self._load_error = ending = None
+        self._engine = self._load_error = ending = None
+        self._stir.clear()
         try:
             self._process = process = self._process or EngineProcess.spawn(self.config, self._command)
         except OSError as error:
             return f"the engine process can't be started: {error}"
         self._client = client = EngineClient(self)
         await client.connect(process.connection)
-        while not self._lost.is_set():
-            try:
-                async with asyncio.timeout(TICK_S):
-                    await self._lost.wait()
-            except TimeoutError:
+        while not self._lost:
+            if self._leaving and (self._engine is None or not self._engine.requests):
+                client.close()
+            if not await self._stirred(TICK_S):
                 ending = self._hang()
-                if ending is not None or self._unload_idle():
+                if ending is not None:
                     client.close()
+                self._unload_idle()
         self._client = None
+        # From here on only an order wakes: it spares the pause before a restart.
+        self._stir.clear()
         reason = await self._reap(process)
         self._process = None
-        return None if self._unloading else ending or self._load_error or reason
+        self._changed.set()
+        self._changed.clear()
+        return None if self._leaving else ending or self._load_error or reason
 
     def _hang(self) -> str | None:
         """Once a tick: why the engine counts as hung, if it does.
 
         Ticks are counted, not clocks read: a machine that slept doesn't look like a hang.
         """
-        if self.status != "loaded":
+        if self._engine is None:
             return None
         self._silent_s += TICK_S
         return (
             f"the engine was silent for {self._silent_s:g} s" if self._silent_s >= self._watchdog_s else None
         )
 
-    def _unload_idle(self) -> bool:
-        """Once a tick: whether the engine has idled for long enough to go."""
+    def _unload_idle(self) -> None:
+        """Once a tick: tell the engine to leave when it has idled for long enough."""
         if self.status != "loaded" or not self._idle_unload_s:
-            return False
+            return
         self._idle_s = 0.0 if self.queued or self.started else self._idle_s + TICK_S
-        if self._idle_s < self._idle_unload_s:
-            return False
-        logger.info("%s: unloaded after %g s without requests", self.name, self._idle_s)
-        self._unloading = True
-        self._wanted.clear()
-        self.engine = None
-        self._set("unloaded")
-        return True
+        if self._idle_s >= self._idle_unload_s:
+            logger.info("%s: unloaded after %g s without requests", self.name, self._idle_s)
+            self._leave()
 
     async def _reap(self, process: EngineProcess) -> str:
         """Collect the process's end; it is killed where it doesn't come to it by itself."""
@@ -290,18 +332,20 @@ class Model:
                 self._report(message)
 
     def on_lost(self, reason: str) -> None:
-        self.engine = None
         self.stats = None
         if self.status == "loaded":
             # `supervise` will know more; until it wakes, requests must not think that the model serves.
             self.reason, self._retry_after_s = reason, int(FIRST_RESTART_S)
             self._set("failed")
-        self._lost.set()
+        self._lost = True
+        self._stir.set()
 
     def _on_ready(self, ready: Ready) -> None:
         assert self._client is not None
+        if self._leaving:
+            return
         try:
-            self.engine = Engine(self._client, ready)
+            self._engine = Engine(self._client, ready)
         except ValueError as error:
             self._on_load_failed(LoadFailed(str(error)))
             self._client.close()

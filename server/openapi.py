@@ -15,7 +15,9 @@ _REF = "#/components/schemas/{model}"
 _ERRORS = {
     "400": "A field is wrong.",
     "401": "No key, or a wrong one.",
+    "403": "The route needs an admin key.",
     "404": "Unknown model.",
+    "409": "The model was unloaded before it was ready.",
     "413": "The body is too large.",
     "415": "The body isn't JSON.",
     "429": "The queue is full.",
@@ -30,7 +32,7 @@ OF_BODIES = ("400", "404", "413", "415", "429", "503", "504")
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """What a route takes and gives. Without a body it is a `GET`."""
+    """What a route takes and gives."""
 
     path: str
     answer: type[BaseModel] | None
@@ -43,10 +45,12 @@ class Operation(msgspec.Struct, frozen=True):
     """Statuses of errors beside those that every route may answer with."""
     probe: bool = False
     """Whether 503 is an answer of the same shape, and no error."""
+    posts: bool = False
+    """Whether it is a `POST` though it takes no body."""
 
     @property
     def method(self) -> str:
-        return "get" if self.body is None else "post"
+        return "get" if self.body is None and not self.posts else "post"
 
 
 def document_operations(app: FastAPI, operations: Sequence[Operation]) -> None:

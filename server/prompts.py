@@ -9,7 +9,7 @@ import msgspec
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.errors import ApiError, bad_request
 from tokenmill.server.fim import Fim, encode_inside
-from tokenmill.server.model import Engine
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.protocol import CompletionRequest
 
 INLINE_CHARACTERS = 20_000

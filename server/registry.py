@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tokenmill.server.config import Config
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
-from tokenmill.server.errors import ApiError, bad_request, shorten, unavailable
+from tokenmill.server.errors import ApiError, bad_request, draining, shorten
 from tokenmill.server.metrics import Snapshot
 from tokenmill.server.model import Model, Progress, Status
 from tokenmill.server.plan import Variant, make_plan
@@ -73,7 +73,7 @@ class Registry:
     def resolve(self, name: str | None) -> tuple[Variant, Model]:
         """The variant that a request's `model` names. Raises `ApiError`: 404, or 503 while draining."""
         if self.draining:
-            raise unavailable("the server is shutting down", "draining", 1)
+            raise draining()
         if name is None:
             if len({variant.root for variant in self.plan.variants.values()}) > 1:
                 raise bad_request(f"model: say which one: {', '.join(self.plan.variants)}", "model")

@@ -1,14 +1,21 @@
-"""Plain responses of the ASGI protocol."""
+"""Plain responses: as objects for routes, and straight into the ASGI protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+from starlette.responses import Response
 from starlette.types import Send
 
 from tokenmill.server.errors import ApiError
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    """A value as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 async def send_body(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers = ()) -> None:

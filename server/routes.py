@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Path, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -34,6 +34,13 @@ from tokenmill.server.tokenize_protocol import (
     TokenizerInfoResponse,
 )
 
+ModelId = Annotated[
+    str,
+    Path(
+        description="A model's name, a deployment's or an alias. It may hold slashes.",
+        examples=["huggingfacetb/smollm2-135m-instruct"],
+    ),
+]
 ModelQuery = Annotated[
     str | None,
     Query(description=MODEL, examples=["huggingfacetb/smollm2-135m-instruct"]),

@@ -21,11 +21,16 @@ def server() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., LiveServer]]:
-    """Starts servers of a test's own: `start(yaml_text, mode=…, keys=…)`."""
+    """Starts servers of a test's own: `start(yaml_text, mode=…, keys=…, admin_keys=…)`."""
     running: list[LiveServer] = []
 
-    def begin(text: str = ONE_MODEL, mode: str = "", keys: tuple[str, ...] = ()) -> LiveServer:
-        live = LiveServer(parse_config(text), mode, keys)
+    def begin(
+        text: str = ONE_MODEL,
+        mode: str = "",
+        keys: tuple[str, ...] = (),
+        admin_keys: tuple[str, ...] = (),
+    ) -> LiveServer:
+        live = LiveServer(parse_config(text), mode, keys, admin_keys=admin_keys)
         running.append(live.__enter__())
         return live
 

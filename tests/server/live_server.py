@@ -38,7 +38,12 @@ class LiveServer:
     """One server; use as a context manager. `call` runs a function on its event loop."""
 
     def __init__(
-        self, config: Config, mode: str = "", keys: tuple[str, ...] = (), engine: Path = FAKE_ENGINE
+        self,
+        config: Config,
+        mode: str = "",
+        keys: tuple[str, ...] = (),
+        engine: Path = FAKE_ENGINE,
+        admin_keys: tuple[str, ...] = (),
     ) -> None:
         self.config = config
         self.registry: Registry
@@ -48,6 +53,7 @@ class LiveServer:
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self._command = [sys.executable, str(engine), "--mode", mode]
         self._keys = keys
+        self._admin_keys = admin_keys
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._loop: asyncio.AbstractEventLoop
         self._server: Server
@@ -56,7 +62,7 @@ class LiveServer:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.registry = Registry(self.config, command=self._command)
-        app = create_app(self.registry, self.config.server, self._keys)
+        app = create_app(self.registry, self.config.server, self._keys, self._admin_keys)
         self._server = Server(
             uvicorn.Config(
                 app, http=BoundedHttpProtocol, lifespan="on", log_config=None, timeout_graceful_shutdown=1

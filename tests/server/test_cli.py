@@ -22,6 +22,7 @@ from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
 from tokenmill.server.cli import StartError, main, make_config
 from tokenmill.server.console import Console
 from tokenmill.server.stop_signals import stop_signals
+from tokenmill.server.version import VERSION
 
 RUN = """
 import sys
@@ -370,3 +371,35 @@ def test_a_later_load_is_timed_by_itself(caplog: pytest.LogCaptureFixture) -> No
     first, later = re.findall(r"ready after (\d+)", caplog.text)
     assert int(first) >= 1000
     assert int(later) < 1000
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tokenmill {VERSION}\n"
+
+
+def test_admin_keys_come_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOSS", "one, two")
+    served = serve("server: {admin_keys_env: BOSS}\n" + CONFIG)
+    served.wait_ready()
+    url = f"{served.url}/v1/models/toy/echo/unload"
+    assert httpx.post(url).status_code == 401
+    assert httpx.post(url, headers={"x-api-key": "two"}).json()["status"] == "unloaded"
+    assert served.end(signal.SIGTERM) == 0
+    assert "two" not in served.log
+
+
+def test_an_api_key_is_no_admin_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "served.yaml"
+    path.write_text(CONFIG)
+    monkeypatch.setenv("TOKENMILL_API_KEYS", "a,secret")
+    monkeypatch.setenv("TOKENMILL_ADMIN_KEYS", "secret")
+    assert main(["serve", "--config", str(path), "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "TOKENMILL_API_KEYS and TOKENMILL_ADMIN_KEYS share a key" in error
+    assert "secret" not in error

@@ -14,7 +14,8 @@ from tokenmill.server.plan import make_plan
 
 FULL = """
 version: 1
-server: {host: 0.0.0.0, port: 9000, api_keys_env: KEYS, max_body_mb: 1, max_queue: 5, cache_salt: key}
+server:
+  {host: 0.0.0.0, port: 9000, api_keys_env: KEYS, admin_keys_env: BOSS, max_body_mb: 1, max_queue: 5, cache_salt: key}
 defaults: {dtype: float16, device: cpu, timeout_s: 60, idle_unload_s: 5}
 models:
   a/b:

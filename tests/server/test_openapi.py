@@ -86,6 +86,19 @@ def test_other_routes_have_schemas(document: dict[str, Any], path: str) -> None:
         assert parameter["schema"].get("examples") or parameter["examples"]
 
 
+@pytest.mark.parametrize(("path", "missing"), [("load", set()), ("unload", {"409"})])
+def test_orders_have_schemas(document: dict[str, Any], path: str, missing: set[str]) -> None:
+    operation = document["paths"][f"/v1/models/{{model_id}}/{path}"]["post"]
+    answers = operation["responses"]
+    assert answers["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/ModelRow"
+    }
+    expected = {"200", "400", "401", "403", "404", "409", "413", "415", "500", "503"} - missing
+    assert set(answers) == expected
+    assert "admin key" in operation["description"]
+    assert "requestBody" not in operation
+
+
 def test_metrics_are_text(document: dict[str, Any]) -> None:
     content = document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
     assert content == {"text/plain": {"schema": {"type": "string"}}}

@@ -15,7 +15,7 @@ from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.admission import Job, check_limits, make_job
 from tokenmill.server.config_file import parse_config
 from tokenmill.server.errors import ApiError
-from tokenmill.server.model import Engine
+from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.parse import parse_completion
 from tokenmill.server.plan import make_plan
 
