@@ -38,7 +38,7 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.linear_config import linear_config
 from tokenmill.kernels.gpu.quantize import stored
-from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS
+from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS, NORM_WIDTH
 
 SKINNY_ROWS = 64
 """Up to here a row's product has the same bits whatever the number of rows."""
@@ -144,7 +144,8 @@ class GpuKernels(ReferenceKernels):
         if into and all(isinstance(product, Fp8Linear) for product in into):
             return lambda x: gpu.rms_norm_rows(_rowwise(x), weight, eps, offset)
         alone = super().make_norm(weight, eps, offset, into)
-        if not into or not all(isinstance(product, GpuLinear) for product in into):
+        inside = bool(into) and all(isinstance(product, GpuLinear) for product in into)
+        if not inside or weight.numel() % NORM_WIDTH:
             return alone
         row_norm = gpu.RowNorm(weight, eps, offset)
 

@@ -1,7 +1,8 @@
 """RMS norm, alone, with the residual sum before it or with rounding to 8 bits after it.
 
 A row's sum of squares has one order, here and in the products that norm what they read (skinny_linear.py): lane
-j of 1,024 adds the elements j, j + 1024, ... by fused multiplications, and four warps add up the lanes.
+j of 1,024 adds the elements j, j + 1024, ... by fused multiplications, and four warps add up the lanes. Triton
+decides how; where it decides alike (tests/kernels/test_gpu_compile.py looks) the bits are alike.
 """
 
 from __future__ import annotations

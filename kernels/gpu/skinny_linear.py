@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenmill.kernels.gpu.activation import activate, check_activation
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, jit_with_runtime, next_power_of_2, tl
-from tokenmill.kernels.gpu.linear_config import linear_config, wide_config
+from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, wide_config
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale
 from tokenmill.kernels.gpu.norms import LANES, WARPS, RowNorm, chunks, inverse_rms
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
@@ -29,6 +29,8 @@ from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
 
 NORM_ROWS = 8
 """Up to so many rows can be normed by the product that reads them."""
+NORM_WIDTH = 16
+"""Of so many inputs a row that is normed so has to be a multiple."""
 
 _LANES = tl.constexpr(LANES)
 _LANE_LINES = tl.constexpr(LANES * 2 // 128)  # cache lines of so many 16-bit weights
@@ -64,6 +66,32 @@ def _add_splits(
     sums = tl.load(partial_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
         sums += tl.load(partial_ptr + split * step + at, mask=inside, other=0.0, cache_modifier=".cg")
+    return sums
+
+
+@jit
+def _finish(
+    sums: tl.tensor,
+    more: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    outputs: tl.tensor,
+    N: tl.tensor,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> tl.tensor:
+    """The sums with their scales and bias, and with ACTIVATION act(sums) * more."""
+    if SCALED:
+        sums = channel_scale(sums, scale_ptr, outputs, N)
+    if BIAS:
+        sums += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "":
+        if SCALED:
+            more = channel_scale(more, scale_ptr + N, outputs, N)
+        if BIAS:
+            more += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+        sums = activate(sums, ACTIVATION) * more
     return sums
 
 
@@ -145,16 +173,7 @@ def _linear_kernel(
             if ACTIVATION != "":
                 more = _add_splits(partial_ptr + SPLITS * step, at, inside, step, SPLITS)
     if last:
-        if SCALED:
-            sums = channel_scale(sums, scale_ptr, outputs, N)
-        if BIAS:
-            sums += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION != "":
-            if SCALED:
-                more = channel_scale(more, scale_ptr + N, outputs, N)
-            if BIAS:
-                more += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-            sums = activate(sums, ACTIVATION) * more
+        sums = _finish(sums, more, scale_ptr, bias_ptr, outputs, N, SCALED, BIAS, ACTIVATION)
         if RESIDUAL:
             old = residual_ptr + rows.to(tl.int64)[:, None] * residual_stride + outputs[None, :]
             sums += tl.load(old, mask=inside, other=0.0).to(tl.float32)
@@ -168,6 +187,15 @@ def _tile_rows(rows: int, dtype: torch.dtype, group: int) -> int:
     if rows <= 64 or dtype == torch.float32:
         return 32
     return 64 if group else 128
+
+
+def _check_norm(x: Tensor, config: LinearConfig) -> None:
+    """Raise ValueError where a product would take long to norm x, or wouldn't do it to the norm kernel's bits."""
+    if x.shape[0] > NORM_ROWS or config.warps != WARPS:
+        raise ValueError(f"a product norms {NORM_ROWS} rows at the most, by {WARPS} warps, not {x.shape[0]}")
+    if x.shape[1] % NORM_WIDTH or x.stride(0) % NORM_WIDTH:
+        # Triton lays other rows out as each kernel's other operands suggest.
+        raise ValueError(f"a product norms rows of whole {NORM_WIDTH} inputs, not {list(x.shape)}")
 
 
 def linear(
@@ -185,8 +213,8 @@ def linear(
     """x [M, in] times weight [out, in] transposed, plus `bias` [out] and `residual` [M, out]; float32 sums.
 
     With `activation` the weight is a fused gate and up (gate first, [2 * I, in]) and the result is
-    act(gate) * up, [M, I]. With `norm` x is RMS-normed first, to the bit as `rms_norm` does it; `NORM_ROWS` rows
-    at the most. `out` may be `residual`. The result is rounded once, to x's dtype.
+    act(gate) * up, [M, I]. With `norm` x is RMS-normed first, to the bit as `rms_norm` does it: at most `NORM_ROWS`
+    rows, of a multiple of `NORM_WIDTH` inputs. `out` may be `residual`. The result is rounded once, to x's dtype.
     `tile_rows` 16, 32, 64 or 128 fixes a tile's rows; by default it follows the number of rows, and with it
     the order of a row's sums changes between 64 and 65 rows.
     """
@@ -209,8 +237,8 @@ def linear(
     config = linear_config(outputs, inputs, gated, bits)
     if tile_rows >= 64:
         config = wide_config(tile_rows, gated)
-    if norm is not None and (rows > NORM_ROWS or config.warps != WARPS):
-        raise ValueError(f"a product norms {NORM_ROWS} rows at the most, by {WARPS} warps, not {rows}")
+    if norm is not None:
+        _check_norm(x, config)
     tiles = ceil_div(rows, tile_rows), ceil_div(outputs, config.block_n)
     floats = config.splits * rows * outputs * (1 if activation is None else 2)
     if config.splits == 1:
