@@ -133,15 +133,16 @@ def test_a_row_is_the_same_alone_and_in_any_crowd(
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize(("rows", "inputs"), [(1, 64), (1, 1024), (2, 1040), (5, 576), (8, 2064)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "splits"), [(1, 64, 1), (1, 1024, 4), (2, 1040, 4), (5, 576, 1), (8, 1104, 2)]
+)
 def test_a_product_norms_its_rows_as_the_norm_does(
     rows: int, inputs: int, splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force(monkeypatch, splits)
-    x, weight = random(rows, inputs, dtype=dtype) * 3, random(2 * 24, inputs, dtype=dtype, seed=1) * 0.1
+    x, weight = random(rows, inputs, dtype=dtype) * 3, random(2 * 16, inputs, dtype=dtype, seed=1) * 0.1
     norm = gpu.RowNorm(random(inputs, dtype=dtype, seed=2), 1e-5, 0.5)
-    bias = random(48, dtype=dtype, seed=3)
+    bias = random(32, dtype=dtype, seed=3)
     for activation in (None, "silu"):
         out = gpu.linear(x, weight, bias=bias, activation=activation, norm=norm)
         expected = reference_gpu.linear(x, weight, bias=bias, activation=activation, norm=norm)
