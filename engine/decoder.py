@@ -68,7 +68,7 @@ class Decoder:
         self._head = kernels.make_head(model.head.weight, model.head.bias)
         self._embed = kernels.make_embedding(model.embedding, self._head if tied else None)
         _drop(model.head, model)
-        self._norm = self._normalize(model.norm)
+        self._norm = self._normalize(model.norm, [self._head])
         self._blocks = [self._block(layer) for layer in model.layers]
 
     def _block(self, layer: spec.Layer) -> _Block:

@@ -1,5 +1,6 @@
 """The Triton kernels as a kernel set: their workspaces, their plans, and which product a number of rows gets.
 
+    rows ≤ 8    our skinny product, which does the norm before it too
     rows ≤ 64   our skinny product: at the memory's speed, and the same bits in any crowd
     more        cuBLAS, which is nearer the matrix units' rate; ours for quantized weights, and with
                 `deterministic`, slower, in the few rows' order of sums
@@ -37,6 +38,7 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.linear_config import linear_config
 from tokenmill.kernels.gpu.quantize import stored
+from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS, NORM_WIDTH
 
 SKINNY_ROWS = 64
 """Up to here a row's product has the same bits whatever the number of rows."""
@@ -139,11 +141,16 @@ class GpuKernels(ReferenceKernels):
         return normed
 
     def make_norm(self, weight: Tensor, eps: float, offset: float, into: Sequence[object]) -> Normalize:
-        if not into or not all(isinstance(product, Fp8Linear) for product in into):
-            return super().make_norm(weight, eps, offset, into)
+        if into and all(isinstance(product, Fp8Linear) for product in into):
+            return lambda x: gpu.rms_norm_rows(_rowwise(x), weight, eps, offset)
+        alone = super().make_norm(weight, eps, offset, into)
+        inside = bool(into) and all(isinstance(product, GpuLinear) for product in into)
+        if not inside or weight.numel() % NORM_WIDTH:
+            return alone
+        row_norm = gpu.RowNorm(weight, eps, offset)
 
         def norm(x: Tensor) -> Any:
-            return gpu.rms_norm_rows(_rowwise(x), weight, eps, offset)
+            return Unnormed(x, row_norm) if x.shape[0] <= NORM_ROWS else alone(x)
 
         return norm
 
@@ -278,6 +285,14 @@ class StepPlans:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class Unnormed:
+    """Rows [T, in], T ≤ NORM_ROWS, that each product norms as it reads them: a launch less."""
+
+    x: Tensor
+    norm: Any  # gpu.RowNorm
+
+
 class GpuLinear:
     """A weight [out, in], contiguous or quantized, with what follows its product; the module says which product."""
 
@@ -295,8 +310,12 @@ class GpuLinear:
         config = linear_config(outputs, inputs, self.gate is not None, bits)
         return config.splits * SKINNY_ROWS * rows if config.splits > 1 else 0
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor | Unnormed, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """x [T, in], residual [T, out] or None → [T, out], in `out` if given."""
+        if isinstance(x, Unnormed):
+            return self._ours(x.x, residual, out, x.norm)
         if x.shape[0] <= SKINNY_ROWS or self._kernels.deterministic or not self._plain:
             return self._ours(x, residual, out)
         if residual is None and self.gate is None and self.bias is None:
@@ -309,7 +328,9 @@ class GpuLinear:
         result = result if residual is None else result.add_(residual)
         return result if out is None else out.copy_(result)
 
-    def _ours(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    def _ours(
+        self, x: Tensor, residual: Tensor | None, out: Tensor | None, norm: Any | None = None
+    ) -> Tensor:
         many = x.shape[0] > SKINNY_ROWS
         result: Tensor = gpu.linear(
             _rowwise(x),
@@ -317,6 +338,7 @@ class GpuLinear:
             bias=self.bias,
             activation=self.gate,
             residual=residual,
+            norm=norm,
             tile_rows=SKINNY_TILE if many and self._kernels.deterministic else None,
             out=out,
             # Partial sums of many rows may not fit the shared workspace: such calls bring their own.

@@ -14,6 +14,7 @@ _HOMES = {
     "rms_norm": "norms",
     "rms_norm_rows": "norms",
     "add_rms_norm": "norms",
+    "RowNorm": "norms",
     "activation_mul": "activation",
     "store_kv": "kv_store",
     "rope_store": "kv_store",

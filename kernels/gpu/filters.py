@@ -9,6 +9,9 @@ cut. Both filters ask for the largest value t whose tokens at or above it number
 Pivots are spread evenly over values first and over the floats' order-preserving integers after that, so
 about ten passes end at one float whatever the row holds. As soon as few values are left between low and high
 they are copied together, and the later passes read those alone. One program does a row, in a fixed order.
+
+Of a small top_k those few are known at once: the pass that finds the largest value leaves the largest of each of
+1,024 lanes, and the k-th largest of these is reached by k tokens at least, and seldom by many more.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _CANDIDATES = tl.constexpr(CANDIDATES)
 _PIVOTS = tl.constexpr(8)
 _BLOCK = tl.constexpr(1024)
 _EVEN_PASSES = tl.constexpr(3)
+_HALVINGS = tl.constexpr(16)
 
 
 @jit
@@ -103,7 +107,10 @@ def _gather_between(
     high: tl.tensor,
     out_ptr: tl.tensor,
 ) -> tl.tensor:
-    """Copy the row's scaled values in [low, high) together, by rising id; returns their number."""
+    """Copy the row's scaled values in [low, high) together, by rising id, as far as there is room for them.
+
+    Returns their number.
+    """
     found = V * 0
     for start in range(0, V, _BLOCK):
         x = load_scaled(row_ptr, start + tl.arange(0, _BLOCK), V, temperature)
@@ -112,7 +119,7 @@ def _gather_between(
         tl.store(out_ptr + place, x, mask=inside & (place < _CANDIDATES))
         found += tl.sum(inside.to(tl.int32), axis=0)
     tl.debug_barrier()
-    return tl.minimum(found, _CANDIDATES)
+    return found
 
 
 @jit
@@ -167,45 +174,63 @@ def _search(
     between: tl.tensor,
     target: tl.tensor,
     limit: tl.tensor,
+    n: tl.tensor,
     BY_WEIGHT: tl.constexpr,
 ) -> tl.tensor:
     """The largest key whose tokens at or above it reach the target.
 
-    Returns (key, tokens above it, their weight, tokens at it, target). `low` is a key that reaches it and
-    `between` bounds how many tokens are at or above `low`.
+    Returns (key, tokens above it, their weight, tokens at it, target, n). `low` is a key that reaches it and
+    `between` says how many tokens are at or above `low`, about: too low a guess costs a pass. The scratch holds
+    the values from `low` on if `n`, their number, is at most CANDIDATES: before it, and from the key on after it.
     """
     high = to_key(best).to(tl.int64) + 1
     passes = tl.program_id(0) * 0
     base_count, base_weight = passes, best * 0.0
-    while (between > _CANDIDATES) & ((high - low > 1) | (passes == 0)):
-        low, high, base_count, base_weight, target, between = _narrow(
-            row_ptr, V, temperature, best, low, high, base_count, base_weight, target, limit,
-            passes < _EVEN_PASSES, BY_WEIGHT,
-        )  # fmt: skip
-        passes += 1
-    if (high - low > 1) | (passes == 0):
-        bottom, top = from_key(low.to(tl.int32)), from_key(high.to(tl.int32))
-        n = _gather_between(row_ptr, V, temperature, bottom, top, scratch_ptr)
-        while (high - low > 1) | (passes == 0):
+    left = n
+    while (n > _CANDIDATES) & ((high - low > 1) | (passes == 0)):
+        while (between > _CANDIDATES) & ((high - low > 1) | (passes == 0)):
             low, high, base_count, base_weight, target, between = _narrow(
-                scratch_ptr, n, 1.0, best, low, high, base_count, base_weight, target, limit,
+                row_ptr, V, temperature, best, low, high, base_count, base_weight, target, limit,
                 passes < _EVEN_PASSES, BY_WEIGHT,
             )  # fmt: skip
             passes += 1
-        tl.debug_barrier()
-    return low, base_count, base_weight, between, target
+        if (high - low > 1) | (passes == 0):
+            bottom, top = from_key(low.to(tl.int32)), from_key(high.to(tl.int32))
+            n = _gather_between(row_ptr, V, temperature, bottom, top, scratch_ptr)
+            between = n
+            left = tl.where(passes == 0, n, _CANDIDATES + 1)
+    while (high - low > 1) | (passes == 0):
+        low, high, base_count, base_weight, target, between = _narrow(
+            scratch_ptr, n, 1.0, best, low, high, base_count, base_weight, target, limit,
+            passes < _EVEN_PASSES, BY_WEIGHT,
+        )  # fmt: skip
+        passes += 1
+    tl.debug_barrier()
+    return low, base_count, base_weight, between, target, left
 
 
 @jit
 def _extremes(row_ptr: tl.tensor, V: tl.tensor, temperature: tl.tensor) -> tl.tensor:
-    """(largest, smallest above -inf) of a row's scaled values."""
+    """(the largest of each lane [_BLOCK], smallest above -inf) of a row's scaled values."""
     largest = tl.full((_BLOCK,), float("-inf"), tl.float32)
     smallest = tl.full((_BLOCK,), float("inf"), tl.float32)
     for start in range(0, V, _BLOCK):
         x = load_scaled(row_ptr, start + tl.arange(0, _BLOCK), V, temperature)
         largest = tl.maximum(largest, x)
         smallest = tl.minimum(smallest, tl.where(x > float("-inf"), x, float("inf")))
-    return tl.max(largest, axis=0), tl.min(smallest, axis=0)
+    return largest, tl.min(smallest, axis=0)
+
+
+@jit
+def _reached_by(values: tl.tensor, n: tl.tensor, low: tl.tensor, best: tl.tensor) -> tl.tensor:
+    """A key from `low` on that at least n of `values` reach, and hardly more; `low` if fewer do."""
+    keys = to_key(values).to(tl.int64)
+    high = to_key(best).to(tl.int64) + 1
+    for _ in range(_HALVINGS):
+        middle = low + (high - low) // 2
+        reached = tl.sum((keys >= middle).to(tl.int32), axis=0) >= n
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
+    return low
 
 
 @jit
@@ -230,19 +255,23 @@ def _threshold_of(
     V: tl.tensor,
     temperature: tl.tensor,
     best: tl.tensor,
+    lanes: tl.tensor,
     smallest: tl.tensor,
     min_p: tl.tensor,
     top_k: tl.tensor,
     top_p: tl.tensor,
 ) -> tl.tensor:
-    """(threshold, cut) of a row with a finite `best`."""
+    """(threshold, cut) of a row with a finite `best`; `lanes` [_BLOCK] are values of different tokens."""
     if min_p > 0:
         smallest = tl.maximum(smallest, best + tl.log(min_p))
     key, target = to_key(smallest).to(tl.int64), best * 0.0 - 1.0
     keep, ties, bound = V + tl.program_id(0) * 0, tl.program_id(0) * 0, V + tl.program_id(0) * 0
+    n = V * 0 + _CANDIDATES + 1
     if (top_k > 0) & (top_k < V):
-        key, above, weight, ties, reached = _search(
-            row_ptr, scratch_ptr, V, temperature, best, key, bound, target, top_k.to(tl.float32), False
+        if top_k <= _BLOCK:
+            key, bound = _reached_by(lanes, top_k, key, best), top_k
+        key, above, weight, ties, reached, n = _search(
+            row_ptr, scratch_ptr, V, temperature, best, key, bound, target, top_k.to(tl.float32), n, False
         )
         keep = tl.minimum(ties, reached.to(tl.int32) - above)
         bound = above + ties
@@ -250,8 +279,8 @@ def _threshold_of(
         target = top_p * (weight + keep.to(tl.float32) * share)
     if top_p < 1:
         kept_key = key
-        key, above, weight, ties, target = _search(
-            row_ptr, scratch_ptr, V, temperature, best, key, bound, target, top_p, True
+        key, above, weight, ties, target, n = _search(
+            row_ptr, scratch_ptr, V, temperature, best, key, bound, target, top_p, n, True
         )
         share = tl.exp(from_key(key.to(tl.int32)) - best)
         most = tl.where(key == kept_key, tl.minimum(keep, ties), ties)
@@ -286,10 +315,20 @@ def _threshold_kernel(
     threshold = temperature * 0.0 + float("-inf")
     cut = V + tl.program_id(0) * 0
     if (temperature >= _GREEDY_BELOW) & ((min_p > 0) | (top_k > 0) | (top_p < 1)):
-        best, smallest = _extremes(row_ptr, V, temperature)
+        lanes, smallest = _extremes(row_ptr, V, temperature)
+        best = tl.max(lanes, axis=0)
         if (best > float("-inf")) & (best < float("inf")):
             threshold, cut = _threshold_of(
-                row_ptr, scratch_ptr + row * _CANDIDATES, V, temperature, best, smallest, min_p, top_k, top_p
+                row_ptr,
+                scratch_ptr + row * _CANDIDATES,
+                V,
+                temperature,
+                best,
+                lanes,
+                smallest,
+                min_p,
+                top_k,
+                top_p,
             )
     tl.store(thresholds_ptr + row, threshold)
     tl.store(cuts_ptr + row, cut)

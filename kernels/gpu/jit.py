@@ -90,7 +90,8 @@ def as_operand(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 def dot(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
     """accumulator + a @ b in float32, without TF32 rounding of float32 operands."""
     if DOT_IN_FLOAT32:
-        a = a.to(tl.float32)
+        # numpy adds in another order where an operand's rows are one row repeated; a product is a copy.
+        a = a.to(tl.float32) * 1.0
         b = b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision="ieee")
 

@@ -2,18 +2,45 @@
 
 Weights [out, in] are read once, in whole lines, several stages ahead; the few rows ride along in the matrix
 unit's 16. K is walked in one order that the weight's shape fixes, so a row's sums are the same among 1 or 16.
+Rows may be normed as they come by: a norm's factor for each row is known before, the rest is done at every step.
 """
 
 from __future__ import annotations
 
 from tokenmill.kernels.gpu.jit import as_operand, dot, jit, tl
+from tokenmill.kernels.gpu.norms import normalized
+
+
+@jit
+def _load_rows(
+    x_ptr: tl.tensor,
+    x_at: tl.tensor,
+    real: tl.tensor,
+    k: tl.tensor,
+    K: tl.tensor,
+    norm_ptr: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """x[:, k] [BLOCK_M, ...] of the rows at offsets `x_at`.
+
+    With NORM there may be fewer of them, [R, 1]: each is multiplied by its `scale` and by (offset + the norm's
+    weight), and they are repeated to fill the matrix unit's rows, which costs less than norming rows of zeros.
+    """
+    x = tl.load(x_ptr + x_at + k[None, :], mask=real & (k < K)[None, :], other=0.0)
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0)
+        x = normalized(x, scale, weight[None, :], offset, x.dtype)
+        x = tl.broadcast_to(x[None, :, :], (BLOCK_M // x.shape[0], x.shape[0], x.shape[1]))
+        x = tl.reshape(x, (BLOCK_M, x.shape[2]))
+    return x
 
 
 @jit
 def _times_block(
-    x_ptr: tl.tensor,
-    x_at: tl.tensor,
-    real: tl.tensor,
+    x: tl.tensor,
     w_ptr: tl.tensor,
     w_at: tl.tensor,
     valid: tl.tensor,
@@ -22,8 +49,7 @@ def _times_block(
     accumulator: tl.tensor,
     POLICY: tl.constexpr,
 ) -> tl.tensor:
-    """accumulator + x[:, k] w[:, k]^T for inputs `k` [BLOCK_K]; offsets `x_at` [M, 1] and `w_at` [N, 1]."""
-    x = tl.load(x_ptr + x_at + k[None, :], mask=real & (k < K)[None, :], other=0.0)
+    """accumulator + x w[:, k]^T for inputs `k` [BLOCK_K] of the weights at offsets `w_at` [N, 1]."""
     w_at = w_ptr + w_at + k[None, :]
     w = tl.load(w_at, mask=valid & (k < K)[None, :], other=0.0, eviction_policy=POLICY)
     return dot(x, tl.trans(as_operand(w, x.dtype)), accumulator)
@@ -31,9 +57,8 @@ def _times_block(
 
 @jit
 def _times_int4_block(
-    x_ptr: tl.tensor,
-    x_at: tl.tensor,
-    real: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
     w_ptr: tl.tensor,
     w_at: tl.tensor,
     scale_ptr: tl.tensor,
@@ -45,10 +70,7 @@ def _times_int4_block(
     POLICY: tl.constexpr,
 ) -> tl.tensor:
     """accumulator + x w^T over the two groups of inputs from `start` on, which are all there."""
-    j = tl.arange(0, GROUP)
-    low = tl.load(x_ptr + x_at + start + j[None, :], mask=real, other=0.0)
-    high = tl.load(x_ptr + x_at + start + GROUP + j[None, :], mask=real, other=0.0)
-    w_at = w_ptr + w_at + start // 2 + j[None, :]
+    w_at = w_ptr + w_at + start // 2 + tl.arange(0, GROUP)[None, :]
     packed = tl.load(w_at, mask=valid, other=0x88, eviction_policy=POLICY)
     low_scale = tl.load(scale_ptr + scale_at + start // GROUP, mask=valid, other=0.0)
     high_scale = tl.load(scale_ptr + scale_at + start // GROUP + 1, mask=valid, other=0.0)
@@ -77,11 +99,17 @@ def accumulate(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
+    norm_ptr: tl.tensor = None,
+    row_scale: tl.tensor = None,
+    offset: tl.tensor = None,
+    NORM: tl.constexpr = False,
 ) -> tl.tensor:
     """x w^T over the inputs `first` .. `last`, for `outputs` [BLOCK_N] and, if GATED, for outputs + N.
 
     `x_at` [BLOCK_M] are element offsets of the rows, `real` says which of them exist. GROUP > 0: the weight
-    is int4 and BLOCK_K two groups. Returns (sums, sums of the second half).
+    is int4 and BLOCK_K two groups. With NORM x is normed first, by the factors `row_scale` [R, 1] and the weights
+    at `norm_ptr`, and R rows are given, which divide BLOCK_M: row r of the sums is row r mod R. Returns (sums,
+    sums of the second half).
     """
     x_at, real = x_at[:, None], real[:, None]
     valid = (outputs < N)[:, None]
@@ -92,22 +120,23 @@ def accumulate(
     more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         if GROUP > 0:
-            scale_at = line * (K // GROUP)
+            k, scale_at = start + tl.arange(0, GROUP), line * (K // GROUP)
+            low = _load_rows(x_ptr, x_at, real, k, K, norm_ptr, row_scale, offset, NORM, BLOCK_M)
+            high = _load_rows(x_ptr, x_at, real, k + GROUP, K, norm_ptr, row_scale, offset, NORM, BLOCK_M)
             sums = _times_int4_block(
-                x_ptr, x_at, real, w_ptr, line * (K // 2), scale_ptr, scale_at, valid, start, sums,
-                GROUP, POLICY,
-            )  # fmt: skip
+                low, high, w_ptr, line * (K // 2), scale_ptr, scale_at, valid, start, sums, GROUP, POLICY
+            )
             if GATED:
                 more = _times_int4_block(
-                    x_ptr, x_at, real, w_ptr, (line + N) * (K // 2),
-                    scale_ptr, (line + N) * (K // GROUP), valid, start, more,
-                    GROUP, POLICY,
+                    low, high, w_ptr, (line + N) * (K // 2), scale_ptr, (line + N) * (K // GROUP), valid,
+                    start, more, GROUP, POLICY,
                 )  # fmt: skip
         else:
             k = start + tl.arange(0, BLOCK_K)
-            sums = _times_block(x_ptr, x_at, real, w_ptr, line * K, valid, k, K, sums, POLICY)
+            x = _load_rows(x_ptr, x_at, real, k, K, norm_ptr, row_scale, offset, NORM, BLOCK_M)
+            sums = _times_block(x, w_ptr, line * K, valid, k, K, sums, POLICY)
             if GATED:
-                more = _times_block(x_ptr, x_at, real, w_ptr, (line + N) * K, valid, k, K, more, POLICY)
+                more = _times_block(x, w_ptr, (line + N) * K, valid, k, K, more, POLICY)
     return sums, more
 
 

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows
 from tokenmill.kernels.gpu.linear_config import MEASURED, candidates
+from tokenmill.kernels.gpu.norms import RowNorm
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
 
 Row = dict[str, float | str]
@@ -151,6 +153,31 @@ def _linears(device: torch.device) -> Iterator[Work]:
                 yield Work(f"linear {name}", label, calls, moved, 2.0 * rows * inputs * outputs)
 
 
+def _normed_linears(device: torch.device) -> Iterator[Work]:
+    """Products of normed rows, the norm in a launch of its own and inside."""
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    space = gpu.make_linear_workspace(device)
+    for outputs, inputs, activation in _LINEARS:
+        if outputs <= inputs:
+            continue  # products that read attention's or an activation's result
+        weights, norm = _weights(make(outputs, inputs), "bf16"), gpu.RowNorm(make(inputs), 1e-5)
+        for rows in (1, 8):
+            x, out = make(rows, inputs), make(rows, outputs // (1 if activation is None else 2))
+            keywords = {"activation": activation, "out": out, "workspace": space}
+            apart = partial(_norm_then_linear, x, norm, keywords)
+            label = f"{rows} x {inputs} to {outputs}{' gated' if activation else ''}"
+            moved = _bytes(weights[0]) + x.nbytes + out.nbytes
+            yield Work("norm, linear", label, [partial(apart, weight) for weight in weights], moved)
+            calls = [partial(gpu.linear, x, weight, norm=norm, **keywords) for weight in weights]
+            yield Work("linear with norm", label, calls, moved)
+
+
+def _norm_then_linear(
+    x: Tensor, norm: RowNorm, keywords: dict[str, Any], weight: Tensor | QuantizedWeight
+) -> None:
+    gpu.linear(gpu.rms_norm(x, norm.weight, norm.eps, norm.offset), weight, **keywords)
+
+
 def _products(device: torch.device) -> Iterator[Work]:
     """From one row to a step full of them: bfloat16, 8-bit weights, 8 bits on both sides by us and by torch."""
     make = partial(torch.randn, device=device, dtype=torch.bfloat16)
@@ -249,6 +276,7 @@ def _sampler(device: torch.device) -> Iterator[Work]:
 
 KINDS: dict[str, Callable[[torch.device], Iterator[Work]]] = {
     "linears": _linears,
+    "linears with norms": _normed_linears,
     "decode attention": _decode_attention,
     "prefill attention": _prefill_attention,
     "rows and cache": _rows_and_cache,

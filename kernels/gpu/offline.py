@@ -35,6 +35,8 @@ class CompiledKernel:
     shared: int
     registers: int
     stack: int
+    row_sums: list[str]
+    """The layouts in which rows of 1,024 lanes are added up, and with them the order of their sums."""
     ptx: str
 
 
@@ -108,5 +110,13 @@ def _describe(name: str, kernel: Any) -> CompiledKernel:
         shared=kernel.metadata.shared,
         registers=int(registers[1]),
         stack=int(stack[1]),
+        row_sums=_row_sums(kernel.asm["ttgir"]),
         ptx=kernel.asm["ptx"],
     )
+
+
+def _row_sums(code: str) -> list[str]:
+    """Layouts of the operands of reductions over 1,024 float32 lanes, as Triton's own code spells them."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    found = re.findall(r"\(tensor<\d+x1024xf32, (#\w+)>\) -> tensor<\d+xf32", code)
+    return sorted({str(layouts[name]) for name in found})

@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenmill.kernels import reference
 from tokenmill.kernels.gpu.fp8_rows import SMALLEST, Fp8Rows
 from tokenmill.kernels.gpu.jit import FP8, FP8_MAX
+from tokenmill.kernels.gpu.norms import RowNorm
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
 
 
@@ -22,8 +23,10 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    norm: RowNorm | None = None,
 ) -> Tensor:
-    """Twin of `skinny_linear.linear`, in float32 throughout and rounded once."""
+    """Twin of `skinny_linear.linear`, in float32 throughout and rounded once, after the norm too."""
+    x = x if norm is None else reference.rms_norm(x, norm.weight, norm.eps, norm.offset)
     out = x.float() @ _wide(weight).T
     if bias is not None:
         out = out + bias.float()

@@ -325,12 +325,31 @@ def _linears(bench: _Bench) -> Iterator[CheckResult]:
                 row = gpu.linear(x[:1], weight, bias=bias, residual=residual[:1])
                 name = _name("linear: a row alone = in a crowd", dtype, detail)
                 yield CheckResult(name, _differing(row, out[:1]), 0.0)
+            for rows in (1, 2, 8):
+                yield from _normed_linear(bench, rows, inputs, outputs, dtype)
         for name, quantize in _QUANTIZERS.items():
             x, quantized = bench.randn(2, 512, dtype=dtype), quantize(bench.randn(96, 512))
             for activation in (None, "silu"):
                 out = gpu.linear(x, quantized, activation=activation)
                 error = relative_error(out, reference_gpu.linear(x, quantized, activation=activation))
                 yield CheckResult(_name(f"linear, {name}, {activation}", dtype), error, TOLERANCE[dtype])
+
+
+def _normed_linear(
+    bench: _Bench, rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> Iterator[CheckResult]:
+    """A norm inside of its product: near the twin, and to the bit what norm and product make one by one."""
+    x, weight = bench.randn(rows, inputs, dtype=dtype), bench.randn(2 * outputs, inputs, dtype=dtype)
+    norm = gpu.RowNorm(bench.randn(inputs, dtype=dtype), 1e-5, 1.0)
+    weight *= inputs**-0.5
+    for activation in (None, "silu"):
+        out = gpu.linear(x, weight, activation=activation, norm=norm)
+        detail = f"{rows} rows, {inputs} to {outputs}, {activation}"
+        error = relative_error(out, reference_gpu.linear(x, weight, activation=activation, norm=norm))
+        yield CheckResult(_name("norm in a linear", dtype, detail), error, TOLERANCE[dtype])
+        normed = gpu.rms_norm(x, norm.weight, norm.eps, norm.offset)
+        differing = _differing(out, gpu.linear(normed, weight, activation=activation))
+        yield CheckResult(_name("norm in a linear = before it", dtype, detail), differing, 0.0)
 
 
 def _fp8(bench: _Bench) -> Iterator[CheckResult]:
@@ -422,8 +441,10 @@ def _overlap(bench: _Bench) -> Iterator[CheckResult]:
 
     def step() -> None:
         last = x
-        for _ in range(16):
+        for _ in range(8):
             inner = gpu.linear(gpu.rms_norm(last, norm, 1e-5), gate_up, activation="silu")
+            last = gpu.linear(inner, down, residual=last)
+            inner = gpu.linear(last, gate_up, activation="silu", norm=gpu.RowNorm(norm, 1e-5))
             last = gpu.linear(inner, down, residual=last)
         out.copy_(last)
 

@@ -1,12 +1,15 @@
-"""Linear layers of a few rows at the memory's speed, with what follows them in the same launch.
+"""Linear layers of a few rows at the memory's speed, with what is around them in the same launch.
 
-    program (tile of outputs, split of K): walks its weights, several stages in flight
+    program (tile of outputs, split of K): asks for its first weights, then for the rows
+        with a norm: adds up the squares of each row; what remains of the norm is done as a row's pieces come by
+        walks its weights, several stages in flight
         one split:   sums ─▶ scale, bias, act(gate) * up, residual ─▶ out
         more splits: sums ─▶ workspace; the last to arrive adds them, first split first ─▶ the same epilogue
 
 The tile and the split are fixed by the weight's shape (linear_config.py), so a row's result is the same to
 the bit alone and in any crowd of up to 64. Above that the matrix units are the limit, and large tiles take
-over.
+over. Every program of a product with a norm norms all rows by itself: at few rows that takes less than handing
+them over from a kernel of its own, and the bits are that kernel's.
 """
 
 from __future__ import annotations
@@ -18,10 +21,19 @@ from torch import Tensor
 
 from tokenmill.kernels.gpu.activation import activate, check_activation
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, jit_with_runtime, next_power_of_2, tl
-from tokenmill.kernels.gpu.linear_config import linear_config, wide_config
+from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, wide_config
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale
+from tokenmill.kernels.gpu.norms import LANES, WARPS, RowNorm, chunks, inverse_rms
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
+
+NORM_ROWS = 8
+"""Up to so many rows can be normed by the product that reads them."""
+NORM_WIDTH = 16
+"""Of so many inputs a row that is normed so has to be a multiple."""
+
+_LANES = tl.constexpr(LANES)
+_LANE_LINES = tl.constexpr(LANES * 2 // 128)  # cache lines of so many 16-bit weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,32 @@ def _add_splits(
     return sums
 
 
+@jit
+def _finish(
+    sums: tl.tensor,
+    more: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    outputs: tl.tensor,
+    N: tl.tensor,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> tl.tensor:
+    """The sums with their scales and bias, and with ACTIVATION act(sums) * more."""
+    if SCALED:
+        sums = channel_scale(sums, scale_ptr, outputs, N)
+    if BIAS:
+        sums += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "":
+        if SCALED:
+            more = channel_scale(more, scale_ptr + N, outputs, N)
+        if BIAS:
+            more += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+        sums = activate(sums, ACTIVATION) * more
+    return sums
+
+
 @jit_with_runtime("M")
 def _linear_kernel(
     x_ptr: tl.tensor,
@@ -72,6 +110,9 @@ def _linear_kernel(
     K: tl.tensor,
     x_stride: tl.tensor,
     residual_stride: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    offset: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,6 +124,8 @@ def _linear_kernel(
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LINES: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     row_tile, output_tile = tl.program_id(0), tl.program_id(1)
@@ -97,11 +140,21 @@ def _linear_kernel(
         prefetch(w_ptr, tl.minimum(outputs, N - 1), K, split * share, GROUP > 0, LINES)
         if ACTIVATION != "":
             prefetch(w_ptr, tl.minimum(outputs, N - 1) + N, K, split * share, GROUP > 0, LINES)
+        for chunk in tl.static_range(CHUNKS):
+            prefetch(norm_ptr, tl.arange(0, 1), K, chunk * _LANES, False, _LANE_LINES)
     wait_for_inputs(PDL)
+    x_rows, row_scale = rows, 0.0
+    if NORM_ROWS > 0:
+        x_rows = tl.arange(0, NORM_ROWS)
+        x_at = x_rows.to(tl.int64) * x_stride
+        row_scale = inverse_rms(
+            x_ptr, x_at, x_ptr, x_at, x_rows < M, K, eps, False, NORM_ROWS, CHUNKS
+        )[:, None]  # fmt: skip
     sums, more = accumulate(
-        x_ptr, rows.to(tl.int64) * x_stride, rows < M, w_ptr, scale_ptr, outputs, N, K,
+        x_ptr, x_rows.to(tl.int64) * x_stride, x_rows < M, w_ptr, scale_ptr, outputs, N, K,
         split * share, tl.minimum((split + 1) * share, K),
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES, ACTIVATION != "",
+        norm_ptr, row_scale, offset, NORM_ROWS > 0,
     )  # fmt: skip
     inside = (rows < M)[:, None] & (outputs < N)[None, :]
     at = rows.to(tl.int64)[:, None] * N + outputs[None, :]
@@ -120,16 +173,7 @@ def _linear_kernel(
             if ACTIVATION != "":
                 more = _add_splits(partial_ptr + SPLITS * step, at, inside, step, SPLITS)
     if last:
-        if SCALED:
-            sums = channel_scale(sums, scale_ptr, outputs, N)
-        if BIAS:
-            sums += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION != "":
-            if SCALED:
-                more = channel_scale(more, scale_ptr + N, outputs, N)
-            if BIAS:
-                more += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-            sums = activate(sums, ACTIVATION) * more
+        sums = _finish(sums, more, scale_ptr, bias_ptr, outputs, N, SCALED, BIAS, ACTIVATION)
         if RESIDUAL:
             old = residual_ptr + rows.to(tl.int64)[:, None] * residual_stride + outputs[None, :]
             sums += tl.load(old, mask=inside, other=0.0).to(tl.float32)
@@ -145,6 +189,15 @@ def _tile_rows(rows: int, dtype: torch.dtype, group: int) -> int:
     return 64 if group else 128
 
 
+def _check_norm(x: Tensor, config: LinearConfig) -> None:
+    """Raise ValueError where a product would take long to norm x, or wouldn't do it to the norm kernel's bits."""
+    if x.shape[0] > NORM_ROWS or config.warps != WARPS:
+        raise ValueError(f"a product norms {NORM_ROWS} rows at the most, by {WARPS} warps, not {x.shape[0]}")
+    if x.shape[1] % NORM_WIDTH or x.stride(0) % NORM_WIDTH:
+        # Triton lays other rows out as each kernel's other operands suggest.
+        raise ValueError(f"a product norms rows of whole {NORM_WIDTH} inputs, not {list(x.shape)}")
+
+
 def linear(
     x: Tensor,
     weight: Tensor | QuantizedWeight,
@@ -152,6 +205,7 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    norm: RowNorm | None = None,
     tile_rows: int | None = None,
     out: Tensor | None = None,
     workspace: LinearWorkspace | None = None,
@@ -159,7 +213,8 @@ def linear(
     """x [M, in] times weight [out, in] transposed, plus `bias` [out] and `residual` [M, out]; float32 sums.
 
     With `activation` the weight is a fused gate and up (gate first, [2 * I, in]) and the result is
-    act(gate) * up, [M, I]. `out` may be `residual`. The result is rounded once, to x's dtype.
+    act(gate) * up, [M, I]. With `norm` x is RMS-normed first, to the bit as `rms_norm` does it: at most `NORM_ROWS`
+    rows, of a multiple of `NORM_WIDTH` inputs. `out` may be `residual`. The result is rounded once, to x's dtype.
     `tile_rows` 16, 32, 64 or 128 fixes a tile's rows; by default it follows the number of rows, and with it
     the order of a row's sums changes between 64 and 65 rows.
     """
@@ -182,6 +237,8 @@ def linear(
     config = linear_config(outputs, inputs, gated, bits)
     if tile_rows >= 64:
         config = wide_config(tile_rows, gated)
+    if norm is not None:
+        _check_norm(x, config)
     tiles = ceil_div(rows, tile_rows), ceil_div(outputs, config.block_n)
     floats = config.splits * rows * outputs * (1 if activation is None else 2)
     if config.splits == 1:
@@ -196,10 +253,14 @@ def linear(
         x, data, scale, x if bias is None else bias, x if residual is None else residual, out,
         workspace.partial, workspace.done, rows, outputs, inputs, x.stride(0),
         0 if residual is None else residual.stride(0),
+        x if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.offset,
         BLOCK_M=tile_rows, BLOCK_N=config.block_n, BLOCK_K=2 * group or config.block_k,
         GROUP=group, STAGES=config.stages, SPLITS=config.splits, SCALED=data is not weight and not group,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation or "",
-        LINES=min(16, next_power_of_2(inputs * bits // (1024 * config.splits))), num_warps=config.warps,
+        LINES=min(16, next_power_of_2(inputs * bits // (1024 * config.splits))),
+        NORM_ROWS=0 if norm is None else 1 if rows == 1 else NORM_ROWS,
+        CHUNKS=0 if norm is None else chunks(inputs), num_warps=config.warps,
         **launch_options(),
     )  # fmt: skip
     return out

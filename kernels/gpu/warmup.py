@@ -24,6 +24,7 @@ from tokenmill.kernels.gpu.jit import FP8
 from tokenmill.kernels.gpu.offline import META, CompiledKernel, compiling_for
 from tokenmill.kernels.gpu.overlap import overlapping_launches
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
+from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS
 
 Step = tuple[str, Callable[[], object]]
 
@@ -110,6 +111,10 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
     wide = make.of(rows, query_width, dtype=shapes.dtype)
     qkv, out = make.weight(shapes, width, shapes.hidden), make.weight(shapes, shapes.hidden, query_width)
     yield "linear, q/k/v", lambda: product(x, qkv)
+    row_norm = gpu.RowNorm(norm, 1e-5, shapes.norm_offset)
+    norms = rows <= NORM_ROWS and product is _product
+    if norms:
+        yield "linear, norm and q/k/v", lambda: product(x, qkv, norm=row_norm)
     yield "linear, output", lambda: product(wide, out, residual=x)
     if shapes.experts:
         router = make.floats(rows, shapes.experts)
@@ -124,7 +129,10 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         first = make.weight(shapes, 2 * inner, shapes.hidden)
         second = make.weight(shapes, shapes.hidden, inner)
         middle = make.of(rows, inner, dtype=shapes.dtype)
-        yield "linear, gate/up", lambda: product(x, first, activation=shapes.activation)
+        gated = {"activation": shapes.activation}
+        yield "linear, gate/up", lambda: product(x, first, **gated)
+        if norms:
+            yield "linear, norm and gate/up", lambda: product(x, first, **gated, norm=row_norm)
         yield "linear, down", lambda: product(middle, second, residual=x)
 
 

@@ -111,6 +111,32 @@ def test_norms_round_the_rows_that_8_bit_products_read(monkeypatch: pytest.Monke
     assert len(fused) == 3 * 2 * fields["num_hidden_layers"]
 
 
+def test_products_of_few_rows_norm_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launch of the norm, to the bit what it would have handed them; many rows get it."""
+    fields = shrunk(SHAPES["Llama-3.1-8B"])
+    alone: list[int] = []
+    rms_norm = gpu.rms_norm
+
+    def noticed(x: torch.Tensor, *arguments: Any) -> Any:
+        alone.append(len(x))
+        return rms_norm(x, *arguments)
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        model = load_random(fields, CPU, dtype, 64)
+        config = EngineConfig(source="random", max_context=64, max_batch=1, num_blocks=8)
+        forward = PagedForward(model, config, GpuKernels(CPU, dtype))
+        return forward.teacher_forced(torch.arange(20, 40), [9, 8, 2, 1])
+
+    monkeypatch.setattr(gpu, "rms_norm", noticed)
+    ours = [logits(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    norms = 2 * fields["num_hidden_layers"] + 1
+    assert alone == [9] * 2 * norms
+    monkeypatch.setattr(GpuKernels, "make_norm", ReferenceKernels.make_norm)
+    assert torch.equal(logits(torch.float32), ours[0])
+    assert torch.equal(logits(torch.bfloat16), ours[1])
+    assert alone.count(1) == 2 * norms
+
+
 def test_8_bit_activations_are_refused_for_a_mixture_of_experts() -> None:
     kernels = GpuKernels(CPU, torch.float32, quantization="fp8_dynamic")
     with pytest.raises(LoadError, match="fp8_dynamic isn't done for a mixture of experts yet; say fp8"):

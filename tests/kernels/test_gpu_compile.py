@@ -59,6 +59,17 @@ def test_overlapping_kernels_wait_before_they_read(kernels: list[dict[str, Any]]
             assert kernel["prefetches_before_wait"], kernel
 
 
+def test_a_norm_adds_up_a_row_in_one_order_wherever_it_stands(kernels: list[dict[str, Any]]) -> None:
+    layouts = {
+        name: [set(kernel["row_sums"]) for kernel in kernels if kernel["name"] == name and kernel["row_sums"]]
+        for name in ("rms_norm_kernel", "linear_kernel")
+    }
+    assert len(layouts["linear_kernel"]) > 4
+    for found in layouts["linear_kernel"] + layouts["rms_norm_kernel"]:
+        assert found == layouts["rms_norm_kernel"][0]
+        assert len(found) == 1
+
+
 def test_the_matmuls_use_the_matrix_units(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         if kernel["name"] in ("decode_kernel", "linear_kernel", "expert_kernel"):

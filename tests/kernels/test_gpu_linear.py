@@ -132,6 +132,47 @@ def test_a_row_is_the_same_alone_and_in_any_crowd(
     assert torch.equal(bits(gpu.linear(x[7:8], weight)), bits(sixteen[7:8]))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("rows", "inputs", "splits"), [(1, 64, 1), (1, 1024, 4), (2, 1040, 4), (5, 576, 1), (8, 1104, 2)]
+)
+def test_a_product_norms_its_rows_as_the_norm_does(
+    rows: int, inputs: int, splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, splits)
+    x, weight = random(rows, inputs, dtype=dtype) * 3, random(2 * 16, inputs, dtype=dtype, seed=1) * 0.1
+    norm = gpu.RowNorm(random(inputs, dtype=dtype, seed=2), 1e-5, 0.5)
+    bias = random(32, dtype=dtype, seed=3)
+    for activation in (None, "silu"):
+        out = gpu.linear(x, weight, bias=bias, activation=activation, norm=norm)
+        expected = reference_gpu.linear(x, weight, bias=bias, activation=activation, norm=norm)
+        assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
+        normed = gpu.rms_norm(x, norm.weight, norm.eps, norm.offset)
+        assert torch.equal(bits(out), bits(gpu.linear(normed, weight, bias=bias, activation=activation)))
+        alone = gpu.linear(x[-1:], weight, bias=bias, activation=activation, norm=norm)
+        assert torch.equal(bits(alone), bits(out[-1:]))
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_quantized_products_norm_their_rows(kind: int) -> None:
+    weight, wide = quantized_weights(48, 512)[kind], random(3, 608)
+    x, norm = wide[:, :512], gpu.RowNorm(random(512, seed=1), 1e-6)
+    normed = gpu.rms_norm(x, norm.weight, norm.eps)
+    assert torch.equal(gpu.linear(x, weight, norm=norm), gpu.linear(normed, weight))
+
+
+def test_a_product_norms_a_few_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, norm = random(9, 64), random(16, 64), gpu.RowNorm(random(64), 1e-5)
+    with pytest.raises(ValueError, match="8 rows at the most, by 4 warps, not 9"):
+        gpu.linear(x, weight, norm=norm)
+    for odd in (random(2, 72), random(2, 72)[:, :64]):
+        with pytest.raises(ValueError, match="rows of whole 16 inputs"):
+            gpu.linear(odd, random(16, odd.shape[1]), norm=norm)
+    monkeypatch.setattr(linear_config, "_modelled", lambda *_: LinearConfig(16, 64, 1, 3, 8))
+    with pytest.raises(ValueError, match="by 4 warps"):
+        gpu.linear(x[:1], weight, norm=norm)
+
+
 def test_the_workspace_is_reused_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, 4)
     space = make_linear_workspace(CPU, floats=4 * 3 * 32, tiles=2)

@@ -123,6 +123,18 @@ def test_filters_are_exact(width: int, ties: bool, min_p: float, top_k: int, top
     assert torch.equal(gpu.filter_logits(scaled, *settings), reference.filter_logits(scaled, *settings))
 
 
+@pytest.mark.parametrize("top_k", [40, 130, 1023, 1024, 1025])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_top_k_where_the_largest_values_share_lanes(top_k: int, top_p: float) -> None:
+    """20 of 1,024 lanes hold 120 large values; the others are equal, all of them, or all but 500."""
+    scaled = torch.zeros(2, 6000)
+    large = torch.arange(6000) % 1024 < 20
+    scaled[:, large] = 1 + torch.rand(int(large.sum()), generator=generator(1))
+    scaled[1, 2000:2500] = 0.25 + torch.rand(500, generator=generator(2))
+    settings = column(0.0, 2), torch.full((2,), top_k), column(top_p, 2)
+    assert torch.equal(gpu.filter_logits(scaled, *settings), reference.filter_logits(scaled, *settings))
+
+
 def test_filters_on_equal_and_extreme_values() -> None:
     scaled = torch.stack([
         torch.zeros(3000),
