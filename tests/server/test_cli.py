@@ -42,7 +42,13 @@ class Served:
         path.write_text(config)
         command = [sys.executable, "-c", RUN, f"{FAKE_ENGINE} --mode={mode}"]
         arguments = ["serve", "--config", str(path), "--port", "0", *options]
-        self.process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder)
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
+        try:
+            self.process = subprocess.Popen(
+                [*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
