@@ -42,7 +42,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_readme_starts_with_the_two_commands() -> None:
     commands = [line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()]
-    assert commands == ["make setup", "make serve"]
+    assert commands == ["make serve", "make test"]
 
 
 def test_the_readmes_configuration_is_accepted() -> None:
