@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu.library import check, required, type_of
 
-_PROBLEM = struct.Struct("@8P8qffi")
+_PROBLEM = struct.Struct("@8P8qffii")
 """`Attention` of src/attention.h."""
 
 
@@ -94,6 +94,7 @@ def paged_attention(
             scale,
             softcap,
             type_of(query),
+            False,
         )
     )
     return out

@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     normed = torch.empty_like(x)
     required().tm_rms_norm(
         *(x.data_ptr(), None, weight.data_ptr(), None, normed.data_ptr()),
-        *(x.numel() // max(size, 1), size, eps, offset, type_of(x)),
+        *(x.numel() // max(size, 1), size, eps, offset, type_of(x), False),
     )
     return normed
 
@@ -43,7 +43,7 @@ def add_rms_norm(
     normed, total = torch.empty_like(x), torch.empty_like(x)
     required().tm_rms_norm(
         *(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), total.data_ptr(), normed.data_ptr()),
-        *(x.numel() // max(size, 1), size, eps, offset, type_of(x)),
+        *(x.numel() // max(size, 1), size, eps, offset, type_of(x), False),
     )
     return normed, total
 

@@ -38,7 +38,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_pack_columns": (None, (c_void_p, c_void_p, c_void_p)),
     "tm_pack_quantized": (None, (c_void_p, c_int, c_void_p, c_void_p)),
     "tm_rows": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int)),
-    "tm_rms_norm": (None, (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_float, c_int)),
+    "tm_rms_norm": (None, (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_float, c_int, c_int)),
     "tm_layer_norm": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_int)),
     "tm_activate": (None, (c_void_p, c_void_p, c_int64, c_int, c_int)),
     "tm_rope_store": (None, (c_void_p,)),
@@ -51,7 +51,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_penalties": (None, (c_void_p, c_int64, c_int64, *(c_void_p,) * 6)),
     "tm_bitmask": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64)),
     "tm_attention": (None, (c_void_p,)),
-    "tm_linear": (None, (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int)),
+    "tm_linear": (None, (c_void_p, c_void_p, c_int, c_int, c_int64, c_void_p, c_void_p, c_int, c_int)),
     "tm_run_tape": (None, (c_void_p, c_int64, c_void_p, c_void_p)),
 }
 

@@ -101,7 +101,8 @@ class PackedLinear:
         if residual is not None:
             added = check(residual, "residual", shape, out.dtype).data_ptr()
         required().tm_linear(
-            self._address, x.data_ptr(), TYPES[x.dtype], shape[0], added, out.data_ptr(), TYPES[out.dtype]
+            *(self._address, x.data_ptr(), TYPES[x.dtype], False, shape[0]),
+            *(added, out.data_ptr(), TYPES[out.dtype], False),
         )
         return out
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
-from tokenmill.kernels.cpu.linear import PackedLinear
+from tokenmill.kernels.cpu.linear import FLOAT32, PackedLinear
 
 MAX_BUFFERS = 8
+TILE_ROWS = TILE_COLUMNS = 32
 KINDS = (
     "rows",
     "gather",
@@ -61,6 +62,8 @@ class OpStruct(ctypes.Structure):
         ("output", c_int32),
         ("picked", c_int32),
         ("activation", c_int32),
+        ("input_tiled", c_int32),
+        ("tiled", c_int32),
         ("eps", c_float),
         ("factor", c_float),
         ("size", c_int64),
@@ -121,6 +124,7 @@ class AttentionStruct(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("type", c_int32),
+        ("tiled", c_int32),
     )
 
 
@@ -160,7 +164,9 @@ class Tape:
         """As PackedLinear's call."""
         if packed.in_features != x.width:
             raise ValueError(f"a product over {packed.in_features} inputs can't take rows of {x.width}")
-        return self._record(LINEAR, packed.out_features, x, residual, job=packed.address, held=packed)
+        value = self._record(LINEAR, packed.out_features, x, residual, job=packed.address, held=packed)
+        self._ops[-1].input_tiled = packed.struct.format != FLOAT32
+        return value
 
     def rms_norm(self, x: Value, weight: Tensor, eps: float, offset: float = 0.0) -> Value:
         check(weight, "weight", (x.width,), self.dtype)
@@ -287,7 +293,8 @@ class Tape:
         value = Value(len(self._values), width, picked or (x is not None and x.picked))
         numbers = [-1 if other is None else other.number for other in (x, residual)]
         op = OpStruct(
-            kind, *numbers, value.number, value.picked, activation, eps, factor, width, left, job, bias
+            *(kind, *numbers, value.number, value.picked, activation, False, False),
+            *(eps, factor, width, left, job, bias),
         )
         self._values.append(value)
         self._ops.append(op)
@@ -305,6 +312,7 @@ class Tape:
         if result.number != len(self._ops) - 1:
             raise ValueError("the result must be what the last operation brings")
         self._result = result
+        self._choose_layouts()
         last_use = {result.number: len(self._ops)}
         for place, op in reversed(list(enumerate(self._ops))):
             for number in (op.input, op.residual):
@@ -330,6 +338,21 @@ class Tape:
             op.output = buffer_of[op.output]
         self._sealed = (OpStruct * len(self._ops))(*self._ops)
 
+    def _choose_layouts(self) -> None:
+        """Where steps bring many rows, what only products read lies as they take it (src/tiled.h)."""
+        read = {op.input for op in self._ops}
+        otherwise = {op.input for op in self._ops if not op.input_tiled} | {op.residual for op in self._ops}
+        for op in self._ops:
+            op.tiled = (
+                op.kind in (LINEAR, RMS_NORM, ATTEND)
+                and op.output in read - otherwise
+                and op.size % TILE_COLUMNS == 0
+                and self.dtype == torch.bfloat16
+            )
+        tiled = {op.output for op in self._ops if op.tiled}
+        for op in self._ops:
+            op.input_tiled = op.input in tiled
+
     # ---------------------------------------------------------------- running
 
     def watch(self) -> None:
@@ -345,7 +368,8 @@ class Tape:
 
     def _buffers(self, tokens: int) -> list[Tensor]:
         if not self._memory or self._memory[0].shape[0] < tokens:
-            self._memory = [torch.empty(tokens, width, dtype=self.dtype) for width in self._widths]
+            rows = -(-tokens // TILE_ROWS) * TILE_ROWS
+            self._memory = [torch.empty(rows, width, dtype=self.dtype) for width in self._widths]
         return self._memory
 
     def run(

@@ -88,6 +88,14 @@ def test_panels_of_many_rows_change_nothing(isa: InstructionSet) -> None:
         assert torch.equal(linear(x[first:last].contiguous()), whole[first:last])
 
 
+def test_long_rows_in_chunks_change_nothing(isa: InstructionSet) -> None:
+    x = torch.randn(600, 4133).to(torch.bfloat16)
+    layer = PackedLinear((torch.randn(70, 4133) * 0.05).to(torch.bfloat16))
+    whole = layer(x)
+    for first, last in ((0, 1), (299, 301), (570, 600)):
+        assert torch.equal(layer(x[first:last]), whole[first:last])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(isa: InstructionSet, threads: int) -> None:
     generator = torch.Generator().manual_seed(2)

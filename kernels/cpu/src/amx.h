@@ -11,7 +11,7 @@
 
 #include <immintrin.h>
 
-#include "packed.h"
+#include "operand.h"
 
 namespace tokenmill {
 
@@ -45,17 +45,17 @@ inline void configure_tiles(int rows) {
   load_config(config);
 }
 
-// sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps; x's rows lie `stride`
-// elements apart. The tiles must be configured for `rows`. `between(k)` runs beside step k: vector instructions
-// cost next to nothing in the shadow of the matrix unit.
+// sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps. The tiles must be configured for
+// `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the shadow of the matrix unit.
 template <class Between>
-TM_INLINE void amx_product(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
-                           bool fresh, const Between& between) {
+TM_INLINE void amx_product(const Inputs<bf16>& x, const bf16* weight, int64_t steps, int rows, float* sums, bool fresh,
+                           const Between& between) {
   constexpr int kLine = kPair * 4;
   tile_fence(weight);
-  tile_fence(x);
+  tile_fence(x.at);
   tile_fence(sums);
-  const int64_t row_bytes = stride * 2;
+  const int64_t row_bytes = x.row * 2, next = x.step;
+  const bf16* upper = x.at;
   float* lower = sums + 16 * kPair;
   if (fresh) {
     _tile_zero(0);
@@ -71,8 +71,8 @@ TM_INLINE void amx_product(const bf16* x, int64_t stride, const bf16* weight, in
     }
   }
   if (rows <= 16) {
-    for (int64_t k = 0; k < steps; ++k) {
-      _tile_loadd(4, x + k * kStep, row_bytes);
+    for (int64_t k = 0; k < steps; ++k, upper += next) {
+      _tile_loadd(4, upper, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
@@ -80,12 +80,12 @@ TM_INLINE void amx_product(const bf16* x, int64_t stride, const bf16* weight, in
       between(k);
     }
   } else {
-    const bf16* below = x + 16 * stride;
-    for (int64_t k = 0; k < steps; ++k) {
+    const bf16* below = upper + 16 * x.row;
+    for (int64_t k = 0; k < steps; ++k, upper += next, below += next) {
       between(k);
-      _tile_loadd(4, x + k * kStep, row_bytes);
+      _tile_loadd(4, upper, row_bytes);
       _tile_loadd(6, weight + k * kStepElements, 64);
-      _tile_loadd(5, below + k * kStep, row_bytes);
+      _tile_loadd(5, below, row_bytes);
       _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);

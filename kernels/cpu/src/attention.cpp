@@ -9,6 +9,7 @@
 #include "attention_amx.h"
 #include "attention_vector.h"
 #include "threads.h"
+#include "tiled.h"
 
 namespace tokenmill {
 namespace {
@@ -96,6 +97,7 @@ template <class Tiles, class T>
 void write_out(const RowBlock& block, float* states) {
   const Attention& p = block.problem;
   const int64_t size = p.value_size;
+  const Layout layout{p.heads * size, p.tiled != 0};
   Rows at(block);
   for (int64_t r = 0; r < block.rows(); ++r, at.next()) {
     const int64_t slot = r % kQueryRows;
@@ -111,9 +113,10 @@ void write_out(const RowBlock& block, float* states) {
       sum = sum * factor + scaled[1][0];
     }
     const F weight = splat(factor / sum);
-    T* to = static_cast<T*>(p.out) + at.vector() * size;
+    T* out = static_cast<T*>(p.out);
     for (int64_t e = 0; e < size; e += kLanes) {
-      store_up_to(to + e, load(state.row(slot) + e) * weight, size - e);
+      T* to = out + layout.at(at.token(), at.head() * size + e);
+      store_up_to(to, load(state.row(slot) + e) * weight, size - e);
     }
   }
 }

@@ -42,6 +42,7 @@ struct Attention {
   float scale;
   float softcap;        // 0: none
   int32_t type;         // of query, caches and out
+  int32_t tiled;        // how out lies, as rows of heads * value_size (tiled.h)
 
   int64_t group() const { return heads / kv_heads; }
 
@@ -94,6 +95,7 @@ class Rows {
     ++position_;
   }
   int64_t position() const { return position_; }
+  int64_t token() const { return token_; }
   int64_t head() const { return head_ + member_; }
   int64_t vector() const { return token_ * heads_ + head(); }  // of [T, heads]
 

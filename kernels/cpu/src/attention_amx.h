@@ -64,7 +64,13 @@ class AmxTiles {
     const int count = locate(block, start, end, place);
     if (!alone_) return;
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
-    for (int step = 0; step < kSteps; ++step) awaited_[step] = step < count ? keys + place[step] * key_size_ : nullptr;
+    const bf16* values = static_cast<const bf16*>(block.problem.v_cache);
+    for (int step = 0; step < kSteps; ++step) {
+      awaited_[step] = step < count ? keys + place[step] * key_size_ : nullptr;
+      if (step >= count) continue;
+      __builtin_prefetch(awaited_[step], 0, 2);  // where the pages lie is found out early
+      __builtin_prefetch(values + place[step] * value_size_, 0, 2);
+    }
   }
 
   // Brings in keys [start, start + kTile), of which those before `end` exist for this block.

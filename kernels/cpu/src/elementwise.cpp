@@ -3,6 +3,7 @@
 #include "cache_layout.h"
 #include "rope.h"
 #include "threads.h"
+#include "tiled.h"
 #include "vmath.h"
 
 namespace tokenmill {
@@ -26,18 +27,20 @@ float inverse_rms(int64_t size, float eps, const Read& read) {
   return 1.0f / std::sqrt(reduce_add(sum[0] + sum[1]) / static_cast<float>(size) + eps);
 }
 
-// normed = x * inverse * (offset + weight), over `size` elements.
+// Row `row` of normed = x * inverse * (offset + weight), over `size` elements.
 template <class T, class W, class X>
-void scale_row(const X* x, const W* weight, float inverse, float offset, int64_t size, T* normed) {
+void scale_row(const X* x, const W* weight, float inverse, float offset, int64_t size, T* normed, int64_t row = 0,
+               bool tiled = false) {
+  const Layout layout{size, tiled};
   for_lanes(size, [&](int64_t i, int64_t n) {
     const F factor = splat(offset) + load_up_to(weight + i, n);
-    store_up_to(normed + i, load_up_to(x + i, n) * splat(inverse) * factor, n);
+    store_up_to(normed + layout.at(row, i), load_up_to(x + i, n) * splat(inverse) * factor, n);
   });
 }
 
 template <class T>
 void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed, int64_t rows, int64_t size,
-               float eps, float offset) {
+               float eps, float offset, bool tiled) {
   parallel_ranges(rows, rows_a_piece(rows, grain(size)), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const T* row = x + r * size;
@@ -49,7 +52,7 @@ void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed
         row = total;
       }
       const float inverse = inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(row + i, n); });
-      scale_row(row, weight, inverse, offset, size, normed + r * size);
+      scale_row(row, weight, inverse, offset, size, normed, r, tiled);
     }
   });
 }
@@ -187,14 +190,14 @@ void gate_rows(const T* gate_up, T* out, int64_t rows, int64_t width, int activa
 }  // namespace
 }  // namespace tokenmill
 
-// normed [rows, size] = RMS norm of x, or of residual + x, which is then also written to `sum`.
+// normed [rows, size] = RMS norm of x, or of residual + x, which is then also written to `sum`. `tiled`: tiled.h.
 TM_API void tm_rms_norm(const void* x, const void* residual, const void* weight, void* sum, void* normed,
-                        int64_t rows, int64_t size, float eps, float offset, int type) {
+                        int64_t rows, int64_t size, float eps, float offset, int type, int tiled) {
   using namespace tokenmill;
   with_type(type, [&](auto element) {
     using T = decltype(element);
     norm_rows(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
-              static_cast<T*>(sum), static_cast<T*>(normed), rows, size, eps, offset);
+              static_cast<T*>(sum), static_cast<T*>(normed), rows, size, eps, offset, tiled != 0);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "api.h"
 #include "packed.h"
+#include "tiled.h"
 #include "vmath.h"
 
 namespace tokenmill {
@@ -10,21 +11,21 @@ namespace tokenmill {
 struct Call {
   const Packed& weight;
   int64_t rows;
-  const void* residual;  // of y's type, or null
+  bool x_tiled;
+  const void* residual;  // of y's type, or null; plain
   void* y;               // [rows, weight.width()]
   int y_type;
+  Layout layout;         // of y
 };
 
-// One vector of results to y, with the residual; `left` columns exist from `at` on.
+// One vector of results to y, with the residual, if any; `left` columns exist from there on.
 template <class Y>
-TM_INLINE void put(const Call& call, F value, int64_t at, int64_t left) {
-  Y* to = static_cast<Y*>(call.y) + at;
-  const Y* residual = static_cast<const Y*>(call.residual);
+TM_INLINE void put(F value, const Y* residual, Y* to, int64_t left) {
   if (left >= kLanes) {
-    if (residual) value = value + load(residual + at);
+    if (residual) value = value + load(residual);
     store(to, value);
   } else if (left > 0) {
-    if (residual) value = value + load_first(residual + at, static_cast<int>(left));
+    if (residual) value = value + load_first(residual, static_cast<int>(left));
     store_first(to, value, static_cast<int>(left));
   }
 }
@@ -38,15 +39,17 @@ void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const 
     bias[0] = load(w.bias + pair * kPair);
     bias[1] = load(w.bias + pair * kPair + 16);
   }
-  int64_t at = first * width + column;
-  for (int r = 0; r < rows; ++r, sums += kPair, at += width) {
+  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + first * width + column : nullptr;
+  Y* to = static_cast<Y*>(call.y) + call.layout.at(first, column);
+  for (int r = 0; r < rows; ++r, sums += kPair, to += call.layout.row_step()) {
     F low = load(sums) + bias[0], high = load(sums + 16) + bias[1];
     if (Gated) {
-      put<Y>(call, activate<Y>(low, w.activation) * high, at, left);
+      put(activate<Y>(low, w.activation) * high, residual, to, left);
     } else {
-      put<Y>(call, low, at, left);
-      put<Y>(call, high, at + 16, left - 16);
+      put(low, residual, to, left);
+      put(high, residual ? residual + 16 : nullptr, to + 16, left - 16);
     }
+    if (residual) residual += width;
   }
 }
 

@@ -56,12 +56,12 @@ TM_INLINE void set_rows(int rows) {
 constexpr bool kDirect = true;  // bfloat16 x is multiplied as it is
 
 template <class Between>
-TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
-                        bool fresh, const Between& between) {
+TM_INLINE void multiply(const Inputs<bf16>& x, const bf16* weight, int64_t steps, int rows, float* sums, bool fresh,
+                        const Between& between) {
 #if defined(__AMX_BF16__)
-  amx_product(x, stride, weight, steps, rows, sums, fresh, between);
+  amx_product(x, weight, steps, rows, sums, fresh, between);
 #else
-  vector_product(x, stride, weight, steps, rows, sums, fresh);
+  vector_product(x.at, x.row, weight, steps, rows, sums, fresh);
   for (int64_t k = 0; k < steps; ++k) between(k);
 #endif
 }
@@ -70,13 +70,14 @@ constexpr bool kDirect = false;
 #endif
 
 template <class W, class Between>
-TM_INLINE void multiply(const float* x, int64_t stride, const W* weight, int64_t length, int rows, float* sums,
-                        bool fresh, const Between&) {
-  vector_product(x, stride, weight, length, rows, sums, fresh);
+TM_INLINE void multiply(const Inputs<float>& x, const W* weight, int64_t length, int rows, float* sums, bool fresh,
+                        const Between&) {
+  vector_product(x.at, x.row, weight, length, rows, sums, fresh);
 }
 
 // Pairs of a plain weight times rows [first, last). Several blocks of rows take a pair piece by piece, each piece short
-// enough to stay in the nearest cache beside the rows that come by; their sums wait in memory meanwhile.
+// enough to stay in the nearest cache beside the rows that come by; their sums wait in memory meanwhile. Where the rows
+// are too long for a core's own cache, a group of pairs takes them chunk by chunk.
 template <class T, class W>
 class PlainTask {
  public:
@@ -84,37 +85,56 @@ class PlainTask {
       : w_(call.weight), operand_(operand), first_(first), last_(last), pending_(call) {
     length_ = sizeof(W) == 2 ? w_.steps() : w_.in;
     blocks_ = divide_up(last - first, kBlock);
-    const int64_t pieces = kAmx<T, W> && blocks_ > 1 ? divide_up(length_, kPiece) : 1;
-    piece_ = divide_up(length_, pieces);
-    sums_ = scratch<float>(kAccumulator, std::max<int64_t>(blocks_, 2) * kBlock * kPair);
+    chunk_ = kAmx<T, W> && (last - first) * length_ * kStep * 2 > kTooLong ? kChunk : length_;
+    const int64_t pieces = kAmx<T, W> && blocks_ > 1 ? divide_up(chunk_, kPiece) : 1;
+    piece_ = divide_up(chunk_, pieces);
+    group_ = chunk_ < length_ ? divide_up(kGroupRows, blocks_ * kBlock) : 1;
+    sums_ = scratch<float>(kAccumulator, group_ * std::max<int64_t>(blocks_, 2) * kBlock * kPair);
   }
 
-  void run(int64_t pair) {
-    const W* weight = reinterpret_cast<const W*>(w_.pair(pair));
-    // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
-    Ahead ahead{reinterpret_cast<const char*>(weight) + (blocks_ == 1 ? 2048 : w_.pair_bytes()),
-                divide_up(kStepElements * 2, blocks_ * 64) * 64};
-    turn_ ^= 1;
-    for (int64_t k = 0; k < length_; k += piece_) {
-      for (int64_t block = 0; block < blocks_; ++block) multiply_block(pair, weight, k, block, ahead);
+  void run(int64_t begin, int64_t end) {
+    for (; begin < end; begin += group_) {
+      const int64_t stop = std::min(begin + group_, end);
+      for (int64_t k = 0; k < length_; k += chunk_) {
+        for (int64_t pair = begin; pair < stop; ++pair) {
+          run_chunk(pair, k, std::min(k + chunk_, length_), sums_ + (pair - begin) * blocks_ * kBlock * kPair);
+        }
+      }
     }
   }
 
  private:
-  static constexpr int64_t kPiece = 9;  // steps: 18 KiB, and as much of a block of rows
+  static constexpr int64_t kPiece = 9;               // steps: 18 KiB, and as much of a block of rows
+  static constexpr int64_t kChunk = 63;              // steps: 1 MiB of 256 rows
+  static constexpr int64_t kTooLong = kPanelBytes;
+  static constexpr int64_t kGroupRows = 1 << 15;     // of a pair each, 4 MiB of sums
 
-  void multiply_block(int64_t pair, const W* weight, int64_t k, int64_t block, Ahead& ahead) {
-    const int64_t r = first_ + block * kBlock, length = std::min(piece_, length_ - k);
+  TM_INLINE void run_chunk(int64_t pair, int64_t first, int64_t last, float* sums) {
+    const W* weight = reinterpret_cast<const W*>(w_.pair(pair));
+    // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
+    const int64_t from = first * (sizeof(W) == 2 ? kStepElements * 2 : kPair * 4);
+    Ahead ahead{reinterpret_cast<const char*>(weight) + from + (blocks_ == 1 ? 2048 : w_.pair_bytes()),
+                divide_up(kStepElements * 2, blocks_ * 64) * 64};
+    turn_ ^= 1;
+    for (int64_t k = first; k < last; k += piece_) {
+      const int64_t length = std::min(piece_, last - k);
+      for (int64_t block = 0; block < blocks_; ++block) {
+        multiply_block(pair, weight, k, length, block, sums + (blocks_ > 1 ? block : turn_) * kBlock * kPair, ahead);
+      }
+    }
+  }
+
+  TM_INLINE void multiply_block(int64_t pair, const W* weight, int64_t k, int64_t length, int64_t block, float* sums,
+                      Ahead& ahead) {
+    const int64_t r = first_ + block * kBlock;
     const int rows = static_cast<int>(std::min<int64_t>(last_ - r, kBlock));
     if (rows != shaped_) set_rows(shaped_ = rows);
-    float* sums = sums_ + (blocks_ > 1 ? block : turn_) * kBlock * kPair;
     const int share = static_cast<int>(divide_up(pending_.left(), length));
     const int64_t width = kPair * (sizeof(W) == 2 ? kStep : 1), inputs = sizeof(W) == 2 ? kStep : 1;
-    multiply(operand_.x + r * operand_.stride + k * inputs, operand_.stride, weight + k * width, length, rows, sums,
-             k == 0, [&](int64_t step) {
-               ahead(step);
-               pending_.finish_rows(share);
-             });
+    multiply(operand_.inputs(r, k * inputs), weight + k * width, length, rows, sums, k == 0, [&](int64_t step) {
+      ahead(step);
+      pending_.finish_rows(share);
+    });
     ahead.from += length * ahead.bytes;
     if (k + length == length_) pending_.push(pair, r, rows, sums);
   }
@@ -125,7 +145,9 @@ class PlainTask {
   Pending pending_;
   int64_t length_;  // steps, or inputs of a float32 weight
   int64_t blocks_;
+  int64_t chunk_;   // of them, that a pair takes at a time
   int64_t piece_;
+  int64_t group_;   // pairs whose sums wait for the next chunk
   float* sums_;
   int turn_ = 0;
   int shaped_ = 0;
@@ -220,11 +242,11 @@ class UnpackedTask {
     for (int64_t r = first_; r < last_; r += kBlock) {
       const int rows = block_rows(r);
       if (rows != shaped_) set_rows(shaped_ = rows);
-      const bf16* x = operand_.x + r * operand_.stride + step * kStep;
+      const Inputs<bf16> x = operand_.inputs(r, step * kStep);
       if (r == first_) {
-        multiply(x, operand_.stride, weight, length, rows, sums_at(r), step == 0, next);
+        multiply(x, weight, length, rows, sums_at(r), step == 0, next);
       } else {
-        multiply(x, operand_.stride, weight, length, rows, sums_at(r), step == 0, [](int64_t) {});
+        multiply(x, weight, length, rows, sums_at(r), step == 0, [](int64_t) {});
       }
     }
   }
@@ -248,7 +270,7 @@ void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t beg
   const ByteSteps steps(w);
   const int64_t inputs = w.padded_in(), count = inputs / kStep;
   float* x = scratch<float>(kPanel, inputs);
-  for (int64_t k = 0; k < inputs; k += kLanes) store(x + k, load(operand.x + row * operand.stride + k));
+  for (int64_t k = 0; k < inputs; k += kLanes) store(x + k, load(operand.x + row * operand.layout.width + k));
   alignas(64) float sums[kPair];
   for (int64_t pair = begin; pair < end; ++pair) {
     single_row(steps, w.pair(pair), count, w.pair_bytes() / count, kAhead, x, sums);
@@ -308,12 +330,12 @@ class QuantizedTask {
     for (int64_t step = 0; step < steps; step += kChunk) {
       const int64_t length = steps - step < kChunk ? steps - step : kChunk;
       unpacker_.unpack(group + w_.scale_bytes() + step * w_.step_bytes(), length, g, unpacked_);
-      const T* x = operand_.x + (g * w_.group / kStep + step) * kStep;
+      const int64_t input = (g * w_.group / kStep + step) * kStep;
       for (int64_t r = first_; r < last_; r += kBlock) {
         const int rows = block_rows(r);
         if (rows != shaped_) set_rows(shaped_ = rows);
         float* part = steps > kChunk ? parts_ + (r - first_) * kPair : parts_;
-        multiply(x + r * operand_.stride, operand_.stride, unpacked_, length, rows, part, step == 0, [](int64_t) {});
+        multiply(operand_.inputs(r, input), unpacked_, length, rows, part, step == 0, [](int64_t) {});
         if (step + length < steps) continue;
         const float* group_sums = w_.minima ? operand_.group_sums + g * call_.rows + r : nullptr;
         fold_group(w_, group, part, group_sums, rows, sums_at(r));
@@ -344,11 +366,9 @@ void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_
     }
   } else {
     if (w.format != kF32) {
-      PlainTask<T, bf16> task(call, operand, first, last);
-      for (int64_t pair = begin; pair < end; ++pair) task.run(pair);
+      PlainTask<T, bf16>(call, operand, first, last).run(begin, end);
     } else if constexpr (sizeof(T) == 4) {
-      PlainTask<T, float> task(call, operand, first, last);
-      for (int64_t pair = begin; pair < end; ++pair) task.run(pair);
+      PlainTask<T, float>(call, operand, first, last).run(begin, end);
     }
   }
 #if defined(__AMX_BF16__)
@@ -370,9 +390,10 @@ std::vector<int64_t> split_pairs(int64_t pairs) {
 template <class T, class X>
 void run(const Call& call, const X* x) {
   const Packed& w = call.weight;
-  const Operand<T> operand = prepare<T>(x, w, call.rows);
-  const int64_t row_bytes = operand.stride * static_cast<int64_t>(sizeof(T));
-  const int64_t fit = std::min(std::max<int64_t>(kPanelBytes / row_bytes, 128), kMaxPanelRows);
+  const Operand<T> operand = prepare<T>(x, call.x_tiled, w, call.rows);
+  const int64_t row_bytes = operand.layout.width * static_cast<int64_t>(sizeof(T));
+  const int64_t least = kAmx<T, bf16> && !w.quantized() ? 256 : 128;  // PlainTask copes with more than fits
+  const int64_t fit = std::min(std::max<int64_t>(kPanelBytes / row_bytes, least), kMaxPanelRows);
   const int64_t panel = divide_up(divide_up(call.rows, divide_up(call.rows, fit)), kBlock) * kBlock;
   const int64_t piece = rows_a_piece(call.rows, panel), pieces = divide_up(call.rows, piece);
   const std::vector<int64_t> runs = many(call.rows) ? std::vector<int64_t>{0, w.pairs()} : split_pairs(w.pairs());
@@ -388,12 +409,13 @@ void run(const Call& call, const X* x) {
 }  // namespace
 }  // namespace tokenmill
 
-// y [rows, width] = epilogue(x [rows, in] W^T) + residual, where y and residual have type `y_type`.
-TM_API void tm_linear(const tokenmill::Packed* weight, const void* x, int x_type, int64_t rows, const void* residual,
-                      void* y, int y_type) {
+// y [rows, width] = epilogue(x [rows, in] W^T) + residual, where y and residual have type `y_type`. Tiled x or y
+// (tiled.h) are bfloat16, their widths whole tiles.
+TM_API void tm_linear(const tokenmill::Packed* weight, const void* x, int x_type, int x_tiled, int64_t rows,
+                      const void* residual, void* y, int y_type, int y_tiled) {
   using namespace tokenmill;
   if (rows == 0 || weight->width() == 0) return;
-  Call call{*weight, rows, residual, y, y_type};
+  const Call call{*weight, rows, x_tiled != 0, residual, y, y_type, {weight->width(), y_tiled != 0}};
   if (x_type == kTypeF32) {
     run<float>(call, static_cast<const float*>(x));
     return;

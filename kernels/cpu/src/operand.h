@@ -5,14 +5,30 @@
 
 #include "packed.h"
 #include "threads.h"
+#include "tiled.h"
 
 namespace tokenmill {
+
+constexpr int kBlock = kTileRows;  // rows that share one pass over a pair
+
+// A block of rows from some step on.
+template <class T>
+struct Inputs {
+  const T* at;
+  int64_t row;   // elements between rows
+  int64_t step;  // elements between steps, kStep unless tiled
+};
 
 template <class T>
 struct Operand {
   const T* x;
-  int64_t stride;           // between rows, in elements
+  Layout layout;
   const float* group_sums;  // [groups][rows], each in order over its inputs, where float32 x meets minima
+
+  // Rows from `row` on, the first of a block, from input `input` on, the first of a step where x is tiled.
+  Inputs<T> inputs(int64_t row, int64_t input) const {
+    return {x + layout.at(row, input), layout.row_step(), layout.tiled ? kBlock * kStep : kStep};
+  }
 };
 
 template <class X>
@@ -34,9 +50,9 @@ void copy_row(const X* row, int64_t in, int64_t padded, T* to) {
   }
 }
 
-// x itself where it serves as it is, else a copy in the calling thread's own scratch.
+// x itself where it serves as it is, else a copy in the calling thread's own scratch. Tiled x always does.
 template <class T, class X>
-Operand<T> prepare(const X* x, const Packed& w, int64_t rows) {
+Operand<T> prepare(const X* x, bool tiled, const Packed& w, int64_t rows) {
   const int64_t padded = w.padded_in(), groups = w.minima && sizeof(T) == 4 ? w.groups() : 0;
   const bool copy = !std::is_same_v<T, X> || padded != w.in;
   const int64_t copied = copy ? divide_up(rows * padded * static_cast<int64_t>(sizeof(T)), 64) * 64 : 0;
@@ -52,9 +68,9 @@ Operand<T> prepare(const X* x, const Packed& w, int64_t rows) {
     });
   }
   if constexpr (std::is_same_v<T, X>) {
-    if (!copy) return {x, w.in, sums};
+    if (!copy) return {x, {w.in, tiled}, sums};
   }
-  return {to, padded, sums};
+  return {to, {padded, false}, sums};
 }
 
 }  // namespace tokenmill

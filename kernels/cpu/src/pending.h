@@ -2,11 +2,9 @@
 #pragma once
 
 #include "epilogue.h"
-#include "packed.h"
+#include "operand.h"
 
 namespace tokenmill {
-
-constexpr int kBlock = 32;  // rows that share one pass over a pair
 
 // A block of rows whose sums stand, but whose epilogue is still to come: it runs between the products of the block
 // after it, which leave its sums alone.

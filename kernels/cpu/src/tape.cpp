@@ -11,6 +11,7 @@
 #include "packed.h"
 #include "rope.h"
 #include "threads.h"
+#include "tiled.h"
 
 namespace tokenmill {
 namespace {
@@ -40,6 +41,8 @@ struct Op {
   int32_t output;
   int32_t picked;    // runs on the picked rows, not on all tokens
   int32_t activation;
+  int32_t input_tiled;  // kLinear: where rows are many, input lies as tiled.h says
+  int32_t tiled;        // kLinear, kRmsNorm, kAttend: the same of output
   float eps;
   float factor;      // kRmsNorm: what is added to the weight; kScaleAdd: the scale
   int64_t size;      // elements of a row of output
@@ -87,8 +90,9 @@ void join(const char* left, const char* right, char* out, int64_t rows, int64_t 
 
 TM_API void tm_rows(const tokenmill::Packed*, const int64_t*, int64_t, void*, int);
 TM_API void tm_gather_rows(const char*, const int64_t*, char*, int64_t, int64_t);
-TM_API void tm_linear(const tokenmill::Packed*, const void*, int, int64_t, const void*, void*, int);
-TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int64_t, int64_t, float, float, int);
+TM_API void tm_linear(const tokenmill::Packed*, const void*, int, int, int64_t, const void*, void*, int, int);
+TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int64_t, int64_t, float, float, int,
+                        int);
 TM_API void tm_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, float, int);
 TM_API void tm_rope_store(const tokenmill::Rope*);
 TM_API void tm_attention(const tokenmill::Attention*);
@@ -108,7 +112,7 @@ void rope(const Op& op, const Step& step, const void* in, void* out) {
   tm_rope_store(&job);
 }
 
-void attend(const Op& op, const Step& step, const void* in, void* out) {
+void attend(const Op& op, const Step& step, const void* in, void* out, bool tiled) {
   Attention job = *static_cast<const Attention*>(op.job);
   job.query = in;
   job.out = out;
@@ -117,6 +121,7 @@ void attend(const Op& op, const Step& step, const void* in, void* out) {
   job.query_start = step.query_start;
   job.sequences = step.sequences;
   job.table_width = step.table_width;
+  job.tiled = tiled;
   tm_attention(&job);
 }
 
@@ -126,6 +131,7 @@ void run(const Op& op, const Step& step) {
   const void* in = op.input < 0 ? nullptr : step.buffers[op.input];
   const void* residual = op.residual < 0 ? nullptr : step.buffers[op.residual];
   void* out = step.buffers[op.output];
+  const bool tiles = step.type == kTypeBf16 && tiles_rows(rows), tiled = tiles && op.tiled;
   switch (op.kind) {
     case kRows:
       return tm_rows(static_cast<const Packed*>(op.job), step.ids, rows, out, step.type);
@@ -135,15 +141,16 @@ void run(const Op& op, const Step& step) {
       return tm_gather_rows(static_cast<const char*>(in), step.logits_index, static_cast<char*>(out), rows,
                             op.size * element);
     case kLinear:
-      return tm_linear(static_cast<const Packed*>(op.job), in, step.type, rows, residual, out, step.type);
+      return tm_linear(static_cast<const Packed*>(op.job), in, step.type, tiles && op.input_tiled, rows, residual, out,
+                       step.type, tiled);
     case kRmsNorm:
-      return tm_rms_norm(in, nullptr, op.job, nullptr, out, rows, op.size, op.eps, op.factor, step.type);
+      return tm_rms_norm(in, nullptr, op.job, nullptr, out, rows, op.size, op.eps, op.factor, step.type, tiled);
     case kLayerNorm:
       return tm_layer_norm(in, op.job, op.bias, out, rows, op.size, op.eps, step.type);
     case kRopeStore:
       return rope(op, step, in, out);
     case kAttend:
-      return attend(op, step, in, out);
+      return attend(op, step, in, out, tiled);
     case kActivate:
       return tm_activate(in, out, rows * op.size, op.activation, step.type);
     case kJoin:
