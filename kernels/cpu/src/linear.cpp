@@ -61,8 +61,7 @@ TM_INLINE void multiply(const bf16* x, int64_t stride, const bf16* weight, int64
 #if defined(__AMX_BF16__)
   amx_product(x, stride, weight, steps, rows, sums, fresh, between);
 #else
-  vector_product(x, stride, weight, steps, rows, sums, fresh);
-  for (int64_t k = 0; k < steps; ++k) between(k);
+  vector_product(x, stride, weight, steps, rows, sums, fresh, between);
 #endif
 }
 #else
@@ -71,8 +70,8 @@ constexpr bool kDirect = false;
 
 template <class W, class Between>
 TM_INLINE void multiply(const float* x, int64_t stride, const W* weight, int64_t length, int rows, float* sums,
-                        bool fresh, const Between&) {
-  vector_product(x, stride, weight, length, rows, sums, fresh);
+                        bool fresh, const Between& between) {
+  vector_product(x, stride, weight, length, rows, sums, fresh, between);
 }
 
 // Pairs of a plain weight times rows [first, last). Several blocks of rows take a pair piece by piece, each piece short
