@@ -15,6 +15,16 @@ struct Call {
   int y_type;
 };
 
+// sums [rows][32] *= the scales of a pair's rows.
+inline void scale_sums(const Packed& w, int64_t pair, int rows, float* sums) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.pair(pair));
+  const F unit = splat(w.unit), left = load_half(scales) * unit, right = load_half(scales + 16) * unit;
+  for (int r = 0; r < rows; ++r, sums += kPair) {
+    store(sums, load(sums) * left);
+    store(sums + 16, load(sums + 16) * right);
+  }
+}
+
 // One vector of results to y, with the residual; `left` columns exist from `at` on.
 template <class Y>
 TM_INLINE void put(const Call& call, F value, int64_t at, int64_t left) {

@@ -16,8 +16,8 @@ namespace tokenmill {
 constexpr int kTogether = kNative == 16 ? 11 : 6;
 constexpr int kFold = 64;                 // inputs
 constexpr int64_t kFoldSteps = kFold / kStep;
-constexpr int64_t kNearSteps = 8;         // of a chunk: 16 KiB in bfloat16
-constexpr int64_t kNearInputs = 128;      // the same in float32
+constexpr int64_t kNearSteps = 2;         // of a chunk in bfloat16: 4 KiB
+constexpr int64_t kNearInputs = 128;      // of a chunk in float32: 16 KiB
 
 // Tiles of 16 columns whose sums `R` rows keep in registers at once.
 template <int R>
@@ -36,13 +36,13 @@ TM_INLINE void with_rows(int rows, const Work& work) {
   work(std::integral_constant<int, Most>{});
 }
 
-// work(first, constant rows) for blocks of nearly equal height.
-template <class Work>
+// work(first, constant rows) for blocks of nearly equal height, `Most` at most.
+template <int Most = kTogether, class Work>
 TM_INLINE void in_row_blocks(int rows, const Work& work) {
-  const int blocks = (rows + kTogether - 1) / kTogether;
+  const int blocks = (rows + Most - 1) / Most;
   for (int b = 0; b < blocks; ++b) {
     const int first = rows * b / blocks;
-    with_rows(rows * (b + 1) / blocks - first, [&](auto height) { work(first, height); });
+    with_rows<Most>(rows * (b + 1) / blocks - first, [&](auto height) { work(first, height); });
   }
 }
 
@@ -60,6 +60,23 @@ template <class T>
 TM_INLINE Lines<T> packed_lines(const T* weight) {
   return {weight, kPair, kTileElements, kStepElements};
 }
+
+// What runs beside a pair's first block of rows: `work(k)` with step k, and for every line the one that comes `kSoon`
+// bytes later is asked for, evenly, since a core has few buffers for what is under way.
+template <int kLinesAStep, class Work>
+struct Beside {
+  static constexpr int kBytes = kStepElements * 2 / kLinesAStep;
+  const bf16* weight;
+  int64_t first;  // step
+  const Work& work;
+
+  TM_INLINE void operator()(int64_t n) const {
+    constexpr int64_t kSoon = 8192;
+    const char* from = reinterpret_cast<const char*>(weight + first * kStepElements) + n * kBytes + kSoon;
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    if (n % kLinesAStep == 0) work(first + n / kLinesAStep);
+  }
+};
 
 // One of the two inputs of a line, as float32.
 template <int kOdd>
@@ -91,7 +108,7 @@ TM_INLINE void fold(const F (&part)[R][kTiles], float* sums, int64_t width) {
   }
 }
 
-// sums [R][kTiles * 16], `width` apart, += x [R] times `steps` steps of lines; `between(k)` runs beside step k.
+// sums [R][kTiles * 16], `width` apart, += x [R] times `steps` steps of lines; `between(n)` runs beside line n.
 template <int R, int kTiles, class Between>
 TM_INLINE void dot_tiles(const float* x, int64_t stride, const Lines<bf16>& lines, int64_t steps, float* sums,
                          int64_t width, const Between& between) {
@@ -99,10 +116,10 @@ TM_INLINE void dot_tiles(const float* x, int64_t stride, const Lines<bf16>& line
     const int64_t end = start + kFoldSteps < steps ? start + kFoldSteps : steps;
     F part[R][kTiles] = {};
     for (int64_t k = start; k < end; ++k) {
-      between(k);
       const bf16* line = lines.first + k * lines.step;
       const float* at = x + k * kStep;
       for (int i = 0; i < 16; ++i, line += lines.line, at += 2) {
+        between(k * 16 + i);
         add_half_line<0>(at, stride, line, lines.tile, part);
         add_half_line<1>(at, stride, line, lines.tile, part);
       }
@@ -121,10 +138,10 @@ TM_INLINE void dot_tiles(const bf16* x, int64_t stride, const Lines<bf16>& lines
     for (int t = 0; t < kTiles; ++t) total[r][t] = _mm512_loadu_ps(sums + r * width + t * kLanes);
   }
   for (int64_t k = 0; k < steps; ++k) {
-    between(k);
     const bf16* line = lines.first + k * lines.step;
     const bf16* at = x + k * kStep;
     for (int i = 0; i < 16; ++i, line += lines.line, at += 2) {
+      between(k * 16 + i);
       __m512bh weight[kTiles];
       for (int t = 0; t < kTiles; ++t) weight[t] = (__m512bh)_mm512_loadu_si512(line + t * lines.tile);
 #pragma GCC unroll 12
@@ -155,7 +172,7 @@ inline void dot_pair(const X* x, int64_t stride, const Lines<bf16>& lines, int64
   }
 }
 
-// sums [R][kTiles * 16] += x [R] times inputs of a float32 weight [in][32].
+// sums [R][kTiles * 16] += x [R] times inputs of a float32 weight [in][32]; `between(k)` runs beside input k.
 template <int R, int kTiles, class Between>
 TM_INLINE void dot_inputs(const float* x, int64_t stride, const float* weight, int64_t in, float* sums,
                           const Between& between) {
@@ -176,45 +193,89 @@ TM_INLINE void dot_inputs(const float* x, int64_t stride, const float* weight, i
   }
 }
 
-template <int R, class X, class Between>
-inline void dot_chunk(const X* x, int64_t stride, const bf16* weight, int64_t steps, float* sums,
-                      const Between& between) {
-  dot_pair<R>(x, stride, packed_lines(weight), steps, sums, kPair, between);
+// The same for both tiles, for any number of rows.
+template <class Between>
+inline void dot_inputs(const float* x, int64_t stride, const float* weight, int64_t in, int rows, float* sums,
+                       const Between& between) {
+  in_row_blocks(rows, [&](int first, auto height) {
+    constexpr int R = decltype(height)::value;
+    constexpr int kTiles = kTilesAtOnce<R>;
+    const float* inputs = x + first * stride;
+    float* to = sums + first * kPair;
+    if (first == 0) {
+      dot_inputs<R, kTiles>(inputs, stride, weight, in, to, between);
+    } else {
+      dot_inputs<R, kTiles>(inputs, stride, weight, in, to, Nothing{});
+    }
+    if (kTiles == 1) dot_inputs<R, 1>(inputs, stride, weight + kLanes, in, to + kLanes, Nothing{});
+  });
 }
 
-template <int R, class Between>
-inline void dot_chunk(const float* x, int64_t stride, const float* weight, int64_t in, float* sums,
-                      const Between& between) {
-  if constexpr (kTilesAtOnce<R> == 2) {
-    dot_inputs<R, 2>(x, stride, weight, in, sums, between);
-  } else {
-    dot_inputs<R, 1>(x, stride, weight, in, sums, between);
-    dot_inputs<R, 1>(x, stride, weight + kLanes, in, sums + kLanes, Nothing{});
+// A step of a packed weight as a float32 weight [32][32].
+inline void widen_step(const bf16* step, float* to) {
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int line = 0; line < 16; ++line, step += kPair) {
+      float* at = to + 2 * line * kPair + tile * kLanes;
+      store(at, half_line<0>(step));
+      store(at + kPair, half_line<1>(step));
+    }
   }
 }
 
-// sums [rows][32] += (or =, when `fresh`) x times a pair. `length` counts steps, or inputs of a float32 weight;
-// `between(k)` runs once beside each.
-template <class X, class W, class Between>
-inline void vector_product(const X* x, int64_t stride, const W* weight, int64_t length, int rows, float* sums,
-                           bool fresh, const Between& between) {
-  constexpr bool kSteps = sizeof(W) == 2;
-  constexpr int64_t kInputs = kSteps ? kStep : 1, kNear = kSteps ? kNearSteps : kNearInputs;
+// sums [rows][32] += (or =, when `fresh`) x times `in` inputs of a float32 weight [in][32].
+inline void vector_product(const float* x, int64_t stride, const float* weight, int64_t in, int rows, float* sums,
+                           bool fresh) {
   if (fresh) std::memset(sums, 0, static_cast<size_t>(rows) * kPair * 4);
-  const int64_t chunk = rows > kTogether ? kNear : length;
-  for (int64_t k = 0; k < length; k += chunk) {
-    const int64_t part = length - k < chunk ? length - k : chunk;
+  const int64_t chunk = rows > kTogether ? kNearInputs : in;
+  for (int64_t k = 0; k < in; k += chunk) {
+    const int64_t part = in - k < chunk ? in - k : chunk;
+    dot_inputs(x + k, stride, weight + k * kPair, part, rows, sums, Nothing{});
+  }
+}
+
+// The same for `steps` steps of a weight in bfloat16. Where several blocks of rows want them, the inputs of a fold are
+// widened once for all. `between(k)` runs once beside each step.
+template <class Between>
+inline void vector_product(const float* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
+                           bool fresh, const Between& between) {
+  if (fresh) std::memset(sums, 0, static_cast<size_t>(rows) * kPair * 4);
+  if (rows <= kTogether) {
+    return with_rows(rows, [&](auto height) {
+      dot_pair<decltype(height)::value>(x, stride, packed_lines(weight), steps, sums, kPair,
+                                        Beside<16, Between>{weight, 0, between});
+    });
+  }
+  alignas(64) float wide[kFold * kPair];
+  for (int64_t k = 0; k < steps; k += kFoldSteps) {
+    const int64_t count = steps - k < kFoldSteps ? steps - k : kFoldSteps;
+    for (int64_t i = 0; i < count; ++i) widen_step(weight + (k + i) * kStepElements, wide + i * kStep * kPair);
+    dot_inputs(x + k * kStep, stride, wide, count * kStep, rows, sums,
+               Beside<kStep, Between>{weight, k, between});
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same for bfloat16 x.
+template <class Between>
+inline void vector_product(const bf16* x, int64_t stride, const bf16* weight, int64_t steps, int rows, float* sums,
+                           bool fresh, const Between& between) {
+  if (fresh) std::memset(sums, 0, static_cast<size_t>(rows) * kPair * 4);
+  const int64_t chunk = rows > kTogether ? kNearSteps : steps;
+  for (int64_t k = 0; k < steps; k += chunk) {
+    const Lines<bf16> lines = packed_lines(weight + k * kStepElements);
+    const int64_t count = steps - k < chunk ? steps - k : chunk;
     in_row_blocks(rows, [&](int first, auto height) {
       constexpr int R = decltype(height)::value;
-      const X* inputs = x + first * stride + k * kInputs;
-      const W* from = weight + k * kInputs * kPair;
+      const bf16* inputs = x + first * stride + k * kStep;
+      float* to = sums + first * kPair;
       if (first == 0) {
-        dot_chunk<R>(inputs, stride, from, part, sums, [&](int64_t i) { between(k + i); });
+        dot_pair<R>(inputs, stride, lines, count, to, kPair, Beside<16, Between>{weight, k, between});
       } else {
-        dot_chunk<R>(inputs, stride, from, part, sums + first * kPair, Nothing{});
+        dot_pair<R>(inputs, stride, lines, count, to, kPair, Nothing{});
       }
     });
   }
 }
+#endif
 
 }  // namespace tokenmill
