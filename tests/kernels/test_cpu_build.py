@@ -146,7 +146,7 @@ def test_the_environment_may_name_the_set(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(library, "_tried", False)
     monkeypatch.setenv("TOKENMILL_ISA", "abacus")
     for _ in range(2):  # the second call is refused like the first
-        with pytest.raises(ValueError, match="TOKENMILL_ISA must be .*, not abacus"):
+        with pytest.raises(ValueError, match="TOKENMILL_ISA must be a set that this machine has"):
             library.current()
     plain = isa.supported()[-1]
     monkeypatch.setenv("TOKENMILL_ISA", plain.name)

@@ -92,11 +92,11 @@ class TiledVectorTiles {
 
   // A copy of the last run's values, zero from token `left` on: what lies there is somebody else's, or nothing.
   const bf16* without_strangers(const bf16* values, int left) const {
-    const int whole = left / 2 * 2;
-    std::memcpy(tail_, values, static_cast<size_t>(whole * value_size_) * 2);
-    std::memset(tail_ + whole * value_size_, 0, static_cast<size_t>((kCacheStep - whole) * value_size_) * 2);
+    const int64_t whole = left / 2 * 2 * value_size_;
+    std::memcpy(tail_, values, static_cast<size_t>(whole) * 2);
+    std::memset(tail_ + whole, 0, static_cast<size_t>(kCacheStep * value_size_ - whole) * 2);
     if (left % 2) {
-      for (int64_t e = 0; e < value_size_; ++e) tail_[whole * value_size_ + 2 * e] = values[whole * value_size_ + 2 * e];
+      for (int64_t e = whole; e < whole + 2 * value_size_; e += 2) tail_[e] = values[e];
     }
     return tail_;
   }

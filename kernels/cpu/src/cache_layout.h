@@ -8,8 +8,8 @@
 // either.
 //
 // Of 32 tokens a group takes the first or the last 16. For the matrix unit it takes every other four, 0-3 8-11 16-19
-// 24-27 and the rest: two rows of scores narrowed to 16 bits and joined, which vector units do by lanes of 128 bits, are
-// then in the tokens' order.
+// 24-27 and the rest: two rows of scores narrowed to 16 bits and joined, which vector units do by lanes of 128 bits,
+// are then in the tokens' order.
 #pragma once
 
 #include "api.h"

@@ -1,9 +1,9 @@
 // Quantized weights times rows of 16-bit integers, for every instruction set but AMX: pairs of products are added up
 // exactly in 32 bits, twice as many at a time as in float32.
 //
-//   x        of 32 inputs   =  scale * integers of 16 bits    scale a power of two: bfloat16 numbers from a 128th of the
-//                                                             largest on are exact, as is the largest
-//   sums    +=  scale(x) * scale(weight) * (integers . (q - zero_point))  +  minimum * scale(x) * sum(integers)
+//   x of 32 inputs  =  scale(x) * integers    the scale is a power of two, such that bfloat16 numbers from a 128th of
+//                                             the largest on are exact
+//   sums  +=  scale(x) * scale(weight) * (integers . (q - zero_point))  +  minimum * scale(x) * sum(integers)
 //
 // The integers' sums are exact in any order and the groups follow each other, so a row's result is the same bits in any
 // company.
@@ -184,7 +184,8 @@ constexpr int kIntegersTogether = kNative == 16 ? 11 : 4;  // rows
 
 // part [R][tiles] += x * line, for one of two neighbouring lines.
 template <class Source, int kOdd, int R, int kTiles>
-TM_INLINE void add_line(const int16_t* x, int64_t stride, const uint8_t* two, int64_t tile_bytes, I (&part)[R][kTiles]) {
+TM_INLINE void add_line(const int16_t* x, int64_t stride, const uint8_t* two, int64_t tile_bytes,
+                        I (&part)[R][kTiles]) {
   S16 line[kTiles];
   for (int t = 0; t < kTiles; ++t) line[t] = Source::template read<kOdd>(two + t * tile_bytes);
 #pragma GCC unroll 12
@@ -216,7 +217,8 @@ TM_INLINE void add_unit(const IntegerRows& rows, int64_t first, const Units& uni
   }
   for (int t = 0; t < kTiles; ++t) {
     const uint16_t* scales = unit.scales() + (tile + t) * kLanes;
-    const F scale = w.row_wide() ? splat(1.0f) : load_half(scales), minimum = w.minima ? load_half(scales + kPair) : F{};
+    const F scale = w.row_wide() ? splat(1.0f) : load_half(scales);
+    const F minimum = w.minima ? load_half(scales + kPair) : F{};
     float* to = sums + (tile + t) * kLanes;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r, to += kPair) {

@@ -5,8 +5,8 @@
 // and in any batch:
 //
 //   plain weights            in one go
-//   quantized, x bfloat16    by the matrix unit piece by piece, each unpacked to what it stands for in bfloat16 and then
-//                            multiplied as a plain weight is, to the same bits; else in integers (integers.h)
+//   quantized, x bfloat16    by the matrix unit: piece by piece, each unpacked to what it stands for in bfloat16 and
+//                            then multiplied as a plain weight is, to the same bits; else in integers (integers.h)
 //   quantized, x float32     group by group: the integers are multiplied, and the group's sums meet its scale:
 //                            sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
 //
