@@ -2,6 +2,8 @@
 
 `current()` builds on first use (seconds, then cached) and returns None where that isn't possible, after one
 warning; callers then run plain torch. Which instruction set is in use never changes the packed layouts.
+TOKENMILL_ISA=amx, avx512_bf16, avx512, avx2, neon or portable in the environment names the only set to try: to look
+for a fault, or to measure what another machine would do.
 """
 
 from __future__ import annotations
@@ -95,13 +97,29 @@ def load(isa: InstructionSet) -> Library:
         return _loaded[isa.name]
 
 
+def _candidates() -> tuple[InstructionSet, ...]:
+    """What `current()` tries, in order: every supported set, or the one that TOKENMILL_ISA names."""
+    every = tuple(supported())
+    name = os.environ.get("TOKENMILL_ISA")
+    if not name:
+        return every
+    if not (named := tuple(isa for isa in every if isa.name == name)):
+        choices = ", ".join(isa.name for isa in every)
+        raise ValueError(f"TOKENMILL_ISA must be a set that this machine has ({choices}), not {name}")
+    return named
+
+
 def current() -> Library | None:
-    """The best library that works here, or None (said once, in one line)."""
+    """The best library that works here, or None (said once, in one line).
+
+    Raises ValueError where TOKENMILL_ISA names no set of this machine.
+    """
     global _current, _tried
     if _current is None and not _tried:
+        candidates = _candidates()
         _tried = True
         reasons = []
-        for isa in supported():
+        for isa in candidates:
             try:
                 _current = load(isa)
                 break

@@ -141,6 +141,20 @@ def test_the_next_best_set_serves_when_the_best_fails(
     assert len(caplog.records) == 1
 
 
+def test_the_environment_may_name_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_current", None)
+    monkeypatch.setattr(library, "_tried", False)
+    monkeypatch.setenv("TOKENMILL_ISA", "abacus")
+    for _ in range(2):  # the second call is refused like the first
+        with pytest.raises(ValueError, match="TOKENMILL_ISA must be a set that this machine has"):
+            library.current()
+    plain = isa.supported()[-1]
+    monkeypatch.setenv("TOKENMILL_ISA", plain.name)
+    chosen = library.current()
+    assert chosen is not None
+    assert chosen.isa == plain.name
+
+
 def test_a_forked_child_computes_on_its_own() -> None:
     code = """
 import os, torch

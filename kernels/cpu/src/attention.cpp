@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention_amx.h"
+#include "attention_tiled.h"
 #include "attention_vector.h"
 #include "threads.h"
 #include "tiled.h"
@@ -211,10 +212,12 @@ void run(const Attention& problem) {
 TM_API void tm_attention(const tokenmill::Attention* problem) {
   using namespace tokenmill;
   if (problem->type == kTypeF32) return run<VectorTiles<float>, float>(*problem);
-#if defined(__AMX_BF16__)
   if (tiled_cache(problem->type, problem->key_size, problem->value_size, problem->block_size)) {
+#if defined(__AMX_BF16__)
     return run<AmxTiles, bf16>(*problem);
-  }
+#else
+    return run<TiledVectorTiles, bf16>(*problem);
 #endif
+  }
   run<VectorTiles<bf16>, bf16>(*problem);
 }

@@ -1,5 +1,5 @@
-// Attention tiles by vector instructions, for float32 and for bfloat16 without AMX: keys and values of a tile
-// are widened to float32 once, then each row takes its dot products with all of them.
+// Attention tiles by vector instructions over a plain cache: float32, and bfloat16 of sizes that aren't tiled. Keys and
+// values of a tile are widened to float32 once, then each row takes its dot products with all of them.
 #pragma once
 
 #include "attention.h"

@@ -141,7 +141,6 @@ struct Store {
     const int64_t block = (slot / block_size * kv_heads + head) * block_size, place = slot % block_size;
     T* keys = static_cast<T*>(k_cache) + block * size;
     T* values = static_cast<T*>(v_cache) + block * value_size;
-#if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 2) {
       if (tiled_cache(kTypeBf16, size, value_size, block_size)) {
         store_tiled_key(keys, place, key, size);
@@ -149,7 +148,6 @@ struct Store {
         return;
       }
     }
-#endif
     std::memcpy(keys + place * size, key, static_cast<size_t>(size) * sizeof(T));
     std::memcpy(values + place * value_size, value, static_cast<size_t>(value_size) * sizeof(T));
   }

@@ -18,6 +18,16 @@ struct Call {
   Layout layout;         // of y
 };
 
+// sums [rows][32] *= the scales of a pair's rows.
+inline void scale_sums(const Packed& w, int64_t pair, int rows, float* sums) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.pair(pair));
+  const F unit = splat(w.unit), left = load_half(scales) * unit, right = load_half(scales + 16) * unit;
+  for (int r = 0; r < rows; ++r, sums += kPair) {
+    store(sums, load(sums) * left);
+    store(sums + 16, load(sums + 16) * right);
+  }
+}
+
 // One vector of results to y, with the residual, if any; `left` columns exist from there on.
 template <class Y>
 TM_INLINE void put(F value, const Y* residual, Y* to, int64_t left) {

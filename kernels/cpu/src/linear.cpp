@@ -5,8 +5,8 @@
 // and in any batch:
 //
 //   plain weights            in one go
-//   quantized, x bfloat16    piece by piece, each unpacked to what it stands for in bfloat16 and then multiplied as
-//                            a plain weight is, to the same bits
+//   quantized, x bfloat16    by the matrix unit: piece by piece, each unpacked to what it stands for in bfloat16 and
+//                            then multiplied as a plain weight is, to the same bits; else in integers (integers.h)
 //   quantized, x float32     group by group: the integers are multiplied, and the group's sums meet its scale:
 //                            sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
 //
@@ -18,6 +18,7 @@
 #include "amx.h"
 #include "api.h"
 #include "epilogue.h"
+#include "integers.h"
 #include "operand.h"
 #include "packed.h"
 #include "pending.h"
@@ -35,14 +36,15 @@ constexpr int64_t kChunk = 8;             // steps of a quantized weight unpacke
 constexpr int64_t kLongChunk = 64;        // the same where many rows come by
 constexpr int64_t kAhead = 2048;          // bytes of it that are asked for in advance
 
-// Whether the matrix unit multiplies T rows with W weights.
 #if defined(__AMX_BF16__)
-template <class T, class W>
-constexpr bool kAmx = sizeof(T) == 2 && sizeof(W) == 2;
+constexpr bool kMatrixUnit = true;
 #else
-template <class T, class W>
-constexpr bool kAmx = false;
+constexpr bool kMatrixUnit = false;
 #endif
+
+// Whether the matrix unit multiplies T rows with W weights.
+template <class T, class W>
+constexpr bool kAmx = kMatrixUnit && sizeof(T) == 2 && sizeof(W) == 2;
 
 TM_INLINE void set_rows(int rows) {
 #if defined(__AMX_BF16__)
@@ -61,8 +63,7 @@ TM_INLINE void multiply(const Inputs<bf16>& x, const bf16* weight, int64_t steps
 #if defined(__AMX_BF16__)
   amx_product(x, weight, steps, rows, sums, fresh, between);
 #else
-  vector_product(x.at, x.row, weight, steps, rows, sums, fresh);
-  for (int64_t k = 0; k < steps; ++k) between(k);
+  vector_product(x.at, x.row, weight, steps, rows, sums, fresh, between);
 #endif
 }
 #else
@@ -71,8 +72,12 @@ constexpr bool kDirect = false;
 
 template <class W, class Between>
 TM_INLINE void multiply(const Inputs<float>& x, const W* weight, int64_t length, int rows, float* sums, bool fresh,
-                        const Between&) {
-  vector_product(x.at, x.row, weight, length, rows, sums, fresh);
+                        const Between& between) {
+  if constexpr (sizeof(W) == 2) {
+    vector_product(x.at, x.row, weight, length, rows, sums, fresh, between);
+  } else {
+    vector_product(x.at, x.row, weight, length, rows, sums, fresh);
+  }
 }
 
 // Pairs of a plain weight times rows [first, last). Several blocks of rows take a pair piece by piece, each piece short
@@ -111,10 +116,12 @@ class PlainTask {
 
   TM_INLINE void run_chunk(int64_t pair, int64_t first, int64_t last, float* sums) {
     const W* weight = reinterpret_cast<const W*>(w_.pair(pair));
-    // One block of rows: what comes 2 KiB later. Several: between them they bring in the next pair.
+    // One block of rows: what comes 2 KiB later; vectors ask by themselves. Several: between them they bring in the
+    // next pair.
+    const bool near = blocks_ == 1;
     const int64_t from = first * (sizeof(W) == 2 ? kStepElements * 2 : kPair * 4);
-    Ahead ahead{reinterpret_cast<const char*>(weight) + from + (blocks_ == 1 ? 2048 : w_.pair_bytes()),
-                divide_up(kStepElements * 2, blocks_ * 64) * 64};
+    Ahead ahead{reinterpret_cast<const char*>(weight) + from + (near ? 2048 : w_.pair_bytes()),
+                near && !kAmx<T, W> ? 0 : divide_up(kStepElements * 2, blocks_ * 64) * 64};
     turn_ ^= 1;
     for (int64_t k = first; k < last; k += piece_) {
       const int64_t length = std::min(piece_, last - k);
@@ -125,7 +132,7 @@ class PlainTask {
   }
 
   TM_INLINE void multiply_block(int64_t pair, const W* weight, int64_t k, int64_t length, int64_t block, float* sums,
-                      Ahead& ahead) {
+                                Ahead& ahead) {
     const int64_t r = first_ + block * kBlock;
     const int rows = static_cast<int>(std::min<int64_t>(last_ - r, kBlock));
     if (rows != shaped_) set_rows(shaped_ = rows);
@@ -153,16 +160,6 @@ class PlainTask {
   int shaped_ = 0;
 };
 
-// sums [rows][32] *= the scales of a pair's rows.
-void scale_sums(const Packed& w, int64_t pair, int rows, float* sums) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(w.pair(pair));
-  const F unit = splat(w.unit), left = load_half(scales) * unit, right = load_half(scales + 16) * unit;
-  for (int r = 0; r < rows; ++r, sums += kPair) {
-    store(sums, load(sums) * left);
-    store(sums + 16, load(sums + 16) * right);
-  }
-}
-
 // sums [rows][32] += scale * part + minimum * the row's sum over the group.
 void fold_group(const Packed& w, const uint8_t* group, const float* part, const float* group_sums, int rows,
                 float* sums) {
@@ -183,7 +180,7 @@ void fold_group(const Packed& w, const uint8_t* group, const float* part, const 
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 // What a product does meanwhile: the next piece's steps are unpacked, each beside one of its own.
 template <class Steps>
 struct UnpackNext {
@@ -263,7 +260,6 @@ class UnpackedTask {
   float* sums_;
 };
 
-#if defined(__AMX_BF16__)
 // The pairs [begin, end) of a weight with one scale a row times one row.
 void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t begin, int64_t end, int64_t row) {
   const Packed& w = call.weight;
@@ -278,14 +274,11 @@ void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t beg
     finish(call, pair, row, 1, sums);
   }
 }
-#endif
 
 // The pairs [begin, end) of a quantized weight times rows [first, last).
 void unpacked_task(const Call& call, const Operand<bf16>& operand, int64_t begin, int64_t end, int64_t first,
                    int64_t last) {
-#if defined(__AMX_BF16__)
   if (call.weight.row_wide() && last - first == 1) return single_row_task(call, operand, begin, end, first);
-#endif
   for (int64_t pair = begin; pair < end; ++pair) {
     if (call.weight.row_wide()) {
       UnpackedTask<ByteSteps>(call, operand, pair, first, last).run();
@@ -361,9 +354,10 @@ void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_
   if (w.quantized()) {
     if constexpr (sizeof(T) == 4) {
       for (int64_t pair = begin; pair < end; ++pair) QuantizedTask<T>(call, operand, pair, first, last).run();
-    } else {
-      unpacked_task(call, operand, begin, end, first, last);
     }
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 2) unpacked_task(call, operand, begin, end, first, last);
+#endif
   } else {
     if (w.format != kF32) {
       PlainTask<T, bf16>(call, operand, first, last).run(begin, end);
@@ -387,22 +381,40 @@ std::vector<int64_t> split_pairs(int64_t pairs) {
   return borders;
 }
 
-template <class T, class X>
-void run(const Call& call, const X* x) {
-  const Packed& w = call.weight;
-  const Operand<T> operand = prepare<T>(x, call.x_tiled, w, call.rows);
-  const int64_t row_bytes = operand.layout.width * static_cast<int64_t>(sizeof(T));
-  const int64_t least = kAmx<T, bf16> && !w.quantized() ? 256 : 128;  // PlainTask copes with more than fits
+// work(begin, end, first, last) for all pairs and rows, spread over the threads: rows of x take `row_bytes` each, and
+// `least` of them come together however long they are.
+template <class Work>
+void spread(const Call& call, int64_t row_bytes, int64_t least, const Work& work) {
+  const int64_t pairs = call.weight.pairs();
   const int64_t fit = std::min(std::max<int64_t>(kPanelBytes / row_bytes, least), kMaxPanelRows);
   const int64_t panel = divide_up(divide_up(call.rows, divide_up(call.rows, fit)), kBlock) * kBlock;
   const int64_t piece = rows_a_piece(call.rows, panel), pieces = divide_up(call.rows, piece);
-  const std::vector<int64_t> runs = many(call.rows) ? std::vector<int64_t>{0, w.pairs()} : split_pairs(w.pairs());
+  const std::vector<int64_t> runs = many(call.rows) ? std::vector<int64_t>{0, pairs} : split_pairs(pairs);
   const int64_t count = static_cast<int64_t>(runs.size()) - 1;
   parallel_for(pieces * count, [&](int64_t task) {
     const int64_t run = task % count, last = std::min((task / count + 1) * piece, call.rows);
     for (int64_t first = task / count * piece; first < last; first += panel) {
-      run_task(call, operand, runs[run], runs[run + 1], first, std::min(first + panel, last));
+      work(runs[run], runs[run + 1], first, std::min(first + panel, last));
     }
+  });
+}
+
+template <class T, class X>
+void run(const Call& call, const X* x) {
+  const Operand<T> operand = prepare<T>(x, call.x_tiled, call.weight, call.rows);
+  const int64_t least = kAmx<T, bf16> && !call.weight.quantized() ? 256 : 128;  // PlainTask copes with more than fits
+  spread(call, operand.layout.width * static_cast<int64_t>(sizeof(T)), least,
+         [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+           run_task(call, operand, begin, end, first, last);
+         });
+}
+
+// A quantized weight times bfloat16 rows where there is no matrix unit.
+void run_integers(const Call& call, const bf16* x) {
+  const IntegerRows operand = integer_rows(x, call.weight, call.rows);
+  spread(call, operand.stride * 2, 128, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    IntegerTask task(call, operand, first, last);
+    for (int64_t pair = begin; pair < end; ++pair) task.run(pair);
   });
 }
 
@@ -420,6 +432,7 @@ TM_API void tm_linear(const tokenmill::Packed* weight, const void* x, int x_type
     run<float>(call, static_cast<const float*>(x));
     return;
   }
+  if (weight->quantized() && !kMatrixUnit) return run_integers(call, static_cast<const bf16*>(x));
   if constexpr (kDirect) {
     using Direct = std::conditional_t<kDirect, bf16, float>;
     if (weight->format != kF32) return run<Direct>(call, static_cast<const bf16*>(x));

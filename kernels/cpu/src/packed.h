@@ -123,6 +123,12 @@ inline float half_to_float(uint16_t half) {
 TM_INLINE F load_half(const uint16_t* from) {
 #if defined(__AVX512F__)
   return {{(NativeF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))}};
+#elif defined(__F16C__)
+  F r;
+  TM_EACH {
+    r.part[p] = (NativeF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + p * kNative)));
+  }
+  return r;
 #else
   float wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = half_to_float(from[i]);

@@ -87,7 +87,7 @@ class Unpacker {
   alignas(64) bf16 nibble_[32];  // the sixteen values, twice
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 // A step at a time to what it stands for: bfloat16 of unit * (scale * q + minimum). Groups are powers of two.
 template <Format kFormat>
 class ValueSteps {

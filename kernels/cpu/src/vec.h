@@ -191,11 +191,15 @@ TM_INLINE F fma(F a, F b, F c) {
 
 // ---- memory: float and bfloat16 look alike to the kernels -------------------------------------------
 
-TM_INLINE F load(const float* from) {
-  F r;
-  std::memcpy(&r, from, sizeof r);
+// Part by part: gcc copies a structure of two registers by way of the stack, in pieces that it then waits for.
+template <class N, class T>
+TM_INLINE Lanes<N> load_bits(const T* from) {
+  Lanes<N> r;
+  TM_EACH std::memcpy(&r.part[p], reinterpret_cast<const char*>(from) + p * sizeof(N), sizeof(N));
   return r;
 }
+
+TM_INLINE F load(const float* from) { return load_bits<NativeF>(from); }
 
 TM_INLINE F load(const bf16* from) {
   F r;
@@ -223,13 +227,11 @@ TM_INLINE I load(const int8_t* from) {
   return r;
 }
 
-TM_INLINE I load(const int32_t* from) {
-  I r;
-  std::memcpy(&r, from, sizeof r);
-  return r;
-}
+TM_INLINE I load(const int32_t* from) { return load_bits<NativeI>(from); }
 
-TM_INLINE void store(float* to, F a) { std::memcpy(to, &a, sizeof a); }
+TM_INLINE void store(float* to, F a) {
+  TM_EACH std::memcpy(to + p * kNative, &a.part[p], sizeof a.part[p]);
+}
 
 // Round to nearest even; NaN becomes the quiet NaN.
 TM_INLINE U round_bf16(F a) {
