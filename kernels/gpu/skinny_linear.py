@@ -58,7 +58,7 @@ def make_linear_workspace(
 def _prefetch(
     w_ptr: tl.tensor,
     norm_ptr: tl.tensor,
-    outputs: tl.tensor,
+    rows: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
     first: tl.tensor,
@@ -67,10 +67,10 @@ def _prefetch(
     LINES: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> None:
-    """Ask for the first lines of the weights from input `first` on, and for the whole of a norm's."""
-    prefetch(w_ptr, tl.minimum(outputs, N - 1), K, first, HALVED, LINES)
+    """Ask for `rows` of the weights from input `first` on, and for the whole of a norm's weights."""
+    prefetch(w_ptr, rows, K, first, HALVED, LINES)
     if GATED:
-        prefetch(w_ptr, tl.minimum(outputs, N - 1) + N, K, first, HALVED, LINES)
+        prefetch(w_ptr, rows + N, K, first, HALVED, LINES)
     for chunk in tl.static_range(CHUNKS):
         prefetch(norm_ptr, tl.arange(0, 1), K, chunk * _LANES, False, _LANE_LINES)
 
@@ -155,7 +155,10 @@ def _linear_kernel(
     split = tl.program_id(2)
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     if PDL:
-        _prefetch(w_ptr, norm_ptr, outputs, N, K, split * share, GROUP > 0, ACTIVATION != "", LINES, CHUNKS)
+        _prefetch(
+            w_ptr, norm_ptr, tl.minimum(outputs, N - 1), N, K, split * share, GROUP > 0, ACTIVATION != "",
+            LINES, CHUNKS,
+        )  # fmt: skip
     wait_for_inputs(PDL)
     x_rows, row_scale = rows, 0.0
     if NORM_ROWS > 0:
