@@ -9,7 +9,7 @@ import torch
 
 from tokenmill.kernels import gpu, reference
 from tokenmill.kernels.gpu.cases import PagedCase, paged_case, poisoned, relative_error
-from tokenmill.kernels.gpu.jit import FP8
+from tokenmill.kernels.gpu.jit import FP8, multiprocessors
 from tokenmill.kernels.gpu.selfcheck.trial import TOLERANCE, CheckResult, Trial, differing, label
 
 
@@ -130,7 +130,8 @@ def attention_rows(trial: Trial) -> Iterator[CheckResult]:
         )
         yield CheckResult(label("decode: a row alone = in a crowd", dtype), differing(alone, crowd[:1]), 0.0)
         # Many rows fill the chip by themselves, so that one program walks each.
-        case = paged_case(trial.generator, [trial.context] + [9] * 139, [1] * 140, **shape)
+        rows = multiprocessors(trial.device) + 8
+        case = paged_case(trial.generator, [trial.context] + [9] * (rows - 1), [1] * rows, **shape)
         crowd = gpu.paged_attention_decode(*case.arguments[:5], scale=0.1)
         alone = gpu.paged_attention_decode(
             case.query[:1], case.k_cache, case.v_cache, case.block_table[:1], case.seq_lens[:1], scale=0.1

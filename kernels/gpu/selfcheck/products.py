@@ -47,7 +47,7 @@ def elementwise(trial: Trial) -> Iterator[CheckResult]:
 
 def linears(trial: Trial) -> Iterator[CheckResult]:
     """Products of few rows, plain, with a norm inside and with quantized weights."""
-    shapes = [(64, 16), (576, 33), (trial.width - trial.width % 256 or 256, 512)]
+    shapes = [(64, 16), (576, 33), (trial.width - trial.width % 256 or 256, trial.outputs)]
     for dtype in trial.dtypes:
         for inputs, outputs in shapes:
             for rows in (1, 3, 16, 17):

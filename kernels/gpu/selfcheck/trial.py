@@ -37,6 +37,7 @@ class Trial:
     width: int  # hidden size
     vocabulary: int
     context: int
+    outputs: int  # of the widest product
     shapes: slice  # of the shapes of attention
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,9 +54,9 @@ def make_trial(device: torch.device, seed: int) -> Trial:
     """Small inputs under the interpreter, true sizes on a GPU."""
     generator = torch.Generator().manual_seed(seed)
     if INTERPRETED:
-        return Trial(device, generator, (torch.bfloat16,), 3, 200, 1500, 100, slice(1, None, 3))
+        return Trial(device, generator, (torch.bfloat16,), 3, 200, 1500, 100, 96, slice(1, None, 3))
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return Trial(device, generator, dtypes, 33, 4096, 128256, 5000, slice(None))
+    return Trial(device, generator, dtypes, 33, 4096, 128256, 5000, 512, slice(None))
 
 
 def label(kernel: str, dtype: torch.dtype, detail: str = "") -> str:
