@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokenmill.kernels.gpu.jit import INTERPRETED
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-"""Allowed ‖out - reference‖ / ‖reference‖, the reference's own rounding included."""
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if INTERPRETED else 1.2e-2}
+"""Allowed ‖out - reference‖ / ‖reference‖, the reference's own rounding included. The interpreter truncates to bfloat16
+where the chip rounds to nearest."""
 
 
 @dataclass(frozen=True)
