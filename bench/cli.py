@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from tokenmill.bench import latency, report, serve, throughput
-from tokenmill.bench.offline import BenchError
+from tokenmill.bench.options import BenchError
 from tokenmill.engine.load_error import LoadError
 
 COMMANDS = {

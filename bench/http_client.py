@@ -61,7 +61,7 @@ class Client:
         except OSError as error:
             reply.error = f"{self.base_url}: {error.strerror or error}"
         reply.ended = time.perf_counter()
-        if reply.error is None and not reply.events:
+        if reply.error is None and not reply.arrivals:
             reply.error = "the stream ended without any output"
         return reply
 

@@ -6,8 +6,8 @@ import argparse
 
 from tokenmill.bench import report, session, throughput
 from tokenmill.bench.offline import PHASES
+from tokenmill.bench.options import positive
 from tokenmill.bench.report import Point, Report, number, percent
-from tokenmill.bench.session import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from tokenmill.bench.options import BenchError
+from tokenmill.bench.timeline import Timeline
 from tokenmill.bench.workload import Job
 
 if TYPE_CHECKING:
@@ -23,34 +24,6 @@ if TYPE_CHECKING:
     from tokenmill.engine.messages import Delta
 
 PHASES = ("schedule", "prepare", "forward", "sample", "deliver")
-
-
-class BenchError(Exception):
-    """A measurement that can't be made; the message is one line for people."""
-
-
-@dataclass(slots=True)
-class Timeline:
-    """When the tokens of one request came, in seconds of `time.perf_counter`."""
-
-    began: float
-    prompt_tokens: int
-    tokens: list[float] = field(default_factory=list)
-
-    @property
-    def first(self) -> float:
-        """Seconds from submission to the first token (TTFT)."""
-        return self.tokens[0] - self.began
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between neighbouring tokens (ITL)."""
-        return [after - before for before, after in pairwise(self.tokens)]
-
-    @property
-    def whole(self) -> float:
-        """Seconds from submission to the last token."""
-        return self.tokens[-1] - self.began
 
 
 @dataclass(slots=True)
@@ -71,12 +44,12 @@ class Run:
 
     @property
     def output_tokens(self) -> int:
-        return sum(len(timeline.tokens) for timeline in self.timelines)
+        return sum(len(timeline.arrivals) for timeline in self.timelines)
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
         """(prompt, output) tokens of each request, as they really were."""
-        return [(timeline.prompt_tokens, len(timeline.tokens)) for timeline in self.timelines]
+        return [(timeline.prompt_tokens, len(timeline.arrivals)) for timeline in self.timelines]
 
 
 class Driver:
@@ -139,7 +112,7 @@ class Driver:
         for delta in deltas:
             if delta.error is not None:
                 raise BenchError(f"a request failed: {delta.error}")
-            live[delta.request].tokens.extend([now] * len(delta.token_ids))
+            live[delta.request].arrivals.extend([now] * len(delta.token_ids))
             tokens += len(delta.token_ids)
             if delta.finish is not None:
                 del live[delta.request]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import msgspec
+
+from tokenmill.bench.timeline import Timeline
 
 DONE = b"[DONE]"
 
@@ -37,39 +38,20 @@ _event_decoder = msgspec.json.Decoder(_Event)
 
 
 @dataclass(slots=True)
-class Reply:
-    """What came back for one request; times are `time.perf_counter`."""
+class Reply(Timeline):
+    """What came back for one request."""
 
-    began: float
     ended: float = 0.0
     status: int = 0
-    events: list[float] = field(default_factory=list)
-    """When each event that carried output came."""
-    prompt_tokens: int = 0
     completion_tokens: int = 0
     """As the server counts them; without its count, the number of events."""
     finish_reason: str | None = None
     error: str | None = None
 
     @property
-    def first(self) -> float:
-        """Seconds to the first token (TTFT)."""
-        return self.events[0] - self.began
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between neighbouring events (ITL)."""
-        return [after - before for before, after in pairwise(self.events)]
-
-    @property
-    def whole(self) -> float:
-        """Seconds from the request to the last token."""
-        return self.events[-1] - self.began
-
-    @property
     def per_token(self) -> float:
         """Mean seconds a token after the first one (TPOT)."""
-        return (self.events[-1] - self.events[0]) / max(1, self.completion_tokens - 1)
+        return (self.arrivals[-1] - self.arrivals[0]) / max(1, self.completion_tokens - 1)
 
     def take_event(self, data: bytes, now: float) -> None:
         """Note one event of the stream, which came at `now`. Raises msgspec.MsgspecError for no event."""
@@ -80,7 +62,7 @@ class Reply:
             self.error = error_message(data)
         for choice in event.choices:
             if _carries_output(choice):
-                self.events.append(now)
+                self.arrivals.append(now)
             self.finish_reason = choice.finish_reason or self.finish_reason
         if event.usage is not None:
             self.prompt_tokens, self.completion_tokens = (
@@ -93,7 +75,7 @@ class Reply:
         self.ended = time.perf_counter()
         if self.error is None and self.status != 200:
             self.error = f"status {self.status}: {error_message(body)}"
-        self.completion_tokens = self.completion_tokens or len(self.events)
+        self.completion_tokens = self.completion_tokens or len(self.arrivals)
 
 
 def _carries_output(choice: _Choice) -> bool:

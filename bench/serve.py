@@ -26,11 +26,11 @@ from tokenmill.bench.load import (
     poisson_arrivals,
     request_body,
 )
-from tokenmill.bench.offline import BenchError
+from tokenmill.bench.options import BenchError, integers, positive
 from tokenmill.bench.reply import Reply
 from tokenmill.bench.report import Point, Report, milliseconds, number, percent
 from tokenmill.bench.roofline import Footprint, Limits, Work, flops_per_byte, least_seconds
-from tokenmill.bench.session import DTYPES, check_device, integers, positive
+from tokenmill.bench.session import DTYPES, check_device
 from tokenmill.bench.workload import Workload
 
 COLUMNS = ("server", "load", "output tok/s", "share", "TTFT ms", "ITL ms", "E2E ms", "failed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ import msgspec
 
 from tokenmill.bench.http_client import Client
 from tokenmill.bench.load import Target, request_body
-from tokenmill.bench.offline import BenchError
+from tokenmill.bench.options import BenchError, json_object
 from tokenmill.bench.workload import Workload
 
 WARM_UP = 2
@@ -46,7 +45,9 @@ async def open_targets(args: argparse.Namespace) -> list[Target]:
     if len(set(names)) != len(names):
         raise BenchError("two servers of one name: tell them apart with --name")
     models = _one_each("--model", args.model or [None], len(urls))
-    extras = _one_each("--extra-body", [_json_object(text) for text in args.extra_body or ["{}"]], len(urls))
+    extras = _one_each(
+        "--extra-body", [json_object("--extra-body", text) for text in args.extra_body or ["{}"]], len(urls)
+    )
     headers = _authorization(args.api_key_env)
     targets = []
     for name, url, model, extra in zip(names, urls, models, extras, strict=True):
@@ -71,16 +72,6 @@ async def warm_up(target: Target, work: Workload) -> None:
         reply = await target.client.stream(target.path, request_body(target, job))
         if reply.error is not None:
             raise BenchError(f"{target.name}: {reply.error}")
-
-
-def _json_object(text: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BenchError(f"--extra-body is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BenchError("--extra-body must be a JSON object")
-    return value
 
 
 async def _first_model(client: Client) -> str:

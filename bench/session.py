@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 
 from tokenmill.bench import report, workload
 from tokenmill.bench.footprint import footprint_of
 from tokenmill.bench.limits import measure_limits
-from tokenmill.bench.offline import BenchError, Driver
+from tokenmill.bench.offline import Driver
+from tokenmill.bench.options import BenchError, json_object, positive
 from tokenmill.bench.roofline import Footprint, Limits
 from tokenmill.bench.workload import TOKEN_IDS, Workload
 
@@ -109,31 +109,10 @@ def check_device(name: str) -> str:
     return name
 
 
-def integers(text: str) -> list[int]:
-    """`1,8,32` as an argparse type: positive numbers, ascending, each once."""
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,8,32") from None
-    if values[0] < 1:
-        raise argparse.ArgumentTypeError("each number must be at least 1")
-    return values
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, as an argparse type."""
-    return integers(text)[-1]
-
-
 def _engine_settings(text: str) -> dict[str, object]:
     from tokenmill.engine.config import EngineConfig
 
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise BenchError(f"--engine is no JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise BenchError("--engine must be a JSON object")
+    settings = json_object("--engine", text)
     unknown = sorted(set(settings) - set(EngineConfig.__struct_fields__))
     if unknown:
         known = ", ".join(EngineConfig.__struct_fields__)

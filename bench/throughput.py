@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from tokenmill.bench import report, session
 from tokenmill.bench.distribution import describe, median
 from tokenmill.bench.offline import PHASES, Run
+from tokenmill.bench.options import integers, positive
 from tokenmill.bench.report import Point, Report, number, percent
 from tokenmill.bench.roofline import Work, flops_per_byte, least_seconds
-from tokenmill.bench.session import Session, integers, positive
+from tokenmill.bench.session import Session
 
 COLUMNS = ("batch", "requests", "output tok/s", "limit", "share", "prefill tok/s", "decode tok/s", "step ms")
 

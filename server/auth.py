@@ -13,9 +13,12 @@ from starlette.types import Scope
 from tokenmill.server.errors import ApiError
 from tokenmill.server.playground_files import FILES
 
-PUBLIC_PATHS = frozenset(["/live", "/health", *FILES])
+DOCUMENTATION = frozenset(
+    ["/openapi.json", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/docs/favicon.png"]
+)
+PUBLIC_PATHS = frozenset(["/live", "/health", *DOCUMENTATION, *FILES])
 """Paths that need no key, compared to the ASGI scope's path as it is. A browser has no key to send before it
-has the page that asks for one."""
+has the page that asks for one, and what the API looks like is no secret."""
 
 
 def read_keys(variable: str | None) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     have a file to convert; a request's own deadline counts too."""
     watchdog_s: Annotated[float, Meta(ge=2)] = 30
     """Silence of an engine after which it counts as hung and is restarted."""
+    load_watchdog_s: Annotated[float, Meta(ge=2)] = 900
+    """The same while it loads. Each report of progress is a sign of life, but one file may take minutes."""
     unknown_parameters: Literal["refuse", "warn"] = "refuse"
     cache_salt: Literal["none", "key", "user"] = "none"
     """Whose requests may share cached prefixes: everyone's, one API key's, or one key's and user's."""

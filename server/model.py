@@ -2,7 +2,7 @@
 
 unloaded ──wanted──▶ loading ──Ready──▶ loaded ──idle, by hand──▶ unloaded
                         │ ▲               │
-             LoadFailed │ └───back-off────┤ crash, hang
+             LoadFailed │ └───back-off────┤ crash, hang (while loading, too)
                         ▼                 ▼
                       failed (for good)   failed (until the restart)
 
@@ -38,7 +38,7 @@ SLOWEST_RESTART_S = 60.0
 STEADY_S = 60.0
 """An engine that served this long starts with a clean slate when it crashes."""
 LOAD_ATTEMPTS = 3
-"""Deaths while loading, one after the other, after which a model has failed for good."""
+"""Deaths or hangs while loading, one after the other, after which a model has failed for good."""
 RETRY_LOADING_S = 5
 
 
@@ -53,6 +53,7 @@ class Model:
         lazy: bool = False,
         idle_unload_s: float = 0.0,
         watchdog_s: float = 30.0,
+        load_watchdog_s: float = 900.0,
         load_wait_s: float = 120.0,
         max_queue: int = 256,
         command: Sequence[str] = ENGINE_COMMAND,
@@ -71,6 +72,7 @@ class Model:
         """Requests that have a token and aren't finished."""
         self._idle_unload_s = idle_unload_s
         self._watchdog_s = watchdog_s
+        self._load_watchdog_s = load_watchdog_s
         self._load_wait_s = load_wait_s
         self._max_queue = max_queue
         self._command = command
@@ -293,12 +295,12 @@ class Model:
 
         Ticks are counted, not clocks read: a machine that slept doesn't look like a hang.
         """
-        if self._engine is None:
-            return None
         self._silent_s += TICK_S
-        return (
-            f"the engine was silent for {self._silent_s:g} s" if self._silent_s >= self._watchdog_s else None
-        )
+        if self._engine is not None and self._silent_s >= self._watchdog_s:
+            return f"the engine was silent for {self._silent_s:g} s"
+        if self._engine is None and self._silent_s >= self._load_watchdog_s:
+            return f"the engine was silent for {self._silent_s:g} s while loading"
+        return None
 
     def _unload_idle(self) -> None:
         """Once a tick: tell the engine to leave when it has idled for long enough."""

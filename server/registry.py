@@ -41,6 +41,7 @@ class Registry:
                 lazy=self.plan.entries[name].load == "lazy",
                 idle_unload_s=_or(self.plan.entries[name].idle_unload_s, idle),
                 watchdog_s=config.server.watchdog_s,
+                load_watchdog_s=config.server.load_watchdog_s,
                 load_wait_s=config.server.load_wait_s,
                 max_queue=config.server.max_queue,
                 command=command,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 from tokenmill.server.chat_markup import cut
 from tokenmill.server.tool_json import FUNCTION_NAME, ArgumentsScanner, CallScanner
 from tokenmill.server.tool_parser import Functions, ToolParser
 from tokenmill.server.tool_tags import FUNCTION, PairScanner, TagScanner
 
 
-class HermesParser(ToolParser):
-    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others.
+class MarkedParser(ToolParser):
+    """Calls that begin with one marker."""
 
-    Inside, later Qwen models and GLM write tags of their own instead of JSON; any of them is read.
-    """
-
-    OPEN = "<tool_call>"
-    CLOSE = "</tool_call>"
+    OPEN: ClassVar[str]
 
     def _content(self) -> bool:
         text, marker, self._buffer = cut(self._buffer, [self.OPEN])
@@ -25,6 +24,20 @@ class HermesParser(ToolParser):
         self._raw.append(marker)
         self._state = self._form
         return True
+
+    @abstractmethod
+    def _form(self) -> bool:
+        """Reads what stands behind the marker; False when it needs more text."""
+
+
+class HermesParser(MarkedParser):
+    """`<tool_call>{"name": …, "arguments": …}</tool_call>`, one pair of tags a call: Hermes, Qwen, others.
+
+    Inside, later Qwen models and GLM write tags of their own instead of JSON; any of them is read.
+    """
+
+    OPEN = "<tool_call>"
+    CLOSE = "</tool_call>"
 
     def _form(self) -> bool:
         """Behind the tag: JSON, or another tag."""
@@ -50,7 +63,7 @@ class HermesParser(ToolParser):
         return closed is not None
 
 
-class MistralParser(ToolParser):
+class MistralParser(MarkedParser):
     """`[TOOL_CALLS]` before a JSON list of calls, or before each `name[ARGS]{…}` (newer models)."""
 
     OPEN = "[TOOL_CALLS]"
@@ -60,15 +73,6 @@ class MistralParser(ToolParser):
     def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
         super().__init__(functions, limit, required)
         self._listed = False
-
-    def _content(self) -> bool:
-        text, marker, self._buffer = cut(self._buffer, [self.OPEN])
-        self._say(text)
-        if marker is None:
-            return False
-        self._raw.append(marker)
-        self._state = self._form
-        return True
 
     def _form(self) -> bool:
         """Behind the marker: a list, or a name."""

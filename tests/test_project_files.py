@@ -6,19 +6,28 @@ import re
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from tokenmill.engine.config import KVCacheConfig
+from tokenmill.server.config import Defaults, Deployment, Entry, FimMarkup, Limits, ServerConfig, Speculation
 from tokenmill.server.config_file import parse_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/clients.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/clients.md",
+    "docs/configuration.md",
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_files_that_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     named = re.findall(r"`((?:server|engine|kernels|bench|tests|docs|tools|\.ci)/[\w./-]*)`", text)
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    linked = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text)
     assert named or linked
     missing = [path for path in named if not (ROOT / path).exists()]
     missing += [path for path in linked if not (ROOT / name).parent.joinpath(path).exists()]
@@ -48,6 +57,15 @@ def test_the_readme_starts_with_the_two_commands() -> None:
 def test_the_readmes_configuration_is_accepted() -> None:
     (text,) = blocks("yaml")
     assert set(parse_config(text).models) == {"qwen/qwen3-0.6b", "me/fine-tune"}
+
+
+@pytest.mark.parametrize(
+    "section", [ServerConfig, Defaults, Entry, Deployment, Limits, Speculation, KVCacheConfig, FimMarkup]
+)
+def test_every_key_of_the_configuration_is_described(section: type[msgspec.Struct]) -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(?:\w+\.)?(\w+)`", text))
+    assert set(section.__struct_fields__) - described == set()
 
 
 def test_the_readmes_python_is_python() -> None:

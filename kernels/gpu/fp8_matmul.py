@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenmill.kernels.gpu.activation import activate, check_activation
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, dot, jit, jit_with_runtime, next_power_of_2, tl
+from tokenmill.kernels.gpu.matmul_tile import tile_of_program
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
 
@@ -122,10 +123,7 @@ def _fp8_linear_kernel(
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    row_tile, output_tile = tl.program_id(0), tl.program_id(1)
-    if BLOCK_M > 32:
-        # Eight tiles of weights stay in the L2 cache while all rows pass.
-        output_tile, row_tile = tl.swizzle2d(output_tile, row_tile, tl.num_programs(1), tl.num_programs(0), 8)
+    row_tile, output_tile = tile_of_program(BLOCK_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = output_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:

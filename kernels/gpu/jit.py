@@ -107,7 +107,12 @@ def ceil_div(value: int, by: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many streaming multiprocessors the device has; an H200's 132 where there is no GPU to ask."""
+    """How many streaming multiprocessors the device has; an H200's 132 where there is no GPU to ask.
+
+    Few for the interpreter, which runs one program after the other: those that find nothing to do take their time.
+    """
+    if INTERPRETED:
+        return 16
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,4 +1,4 @@
-"""The inner loop of every skinny matmul: a tile of rows times a stream of weights.
+"""What matmuls share: which tile a program takes, and the inner loop of a few rows times a stream of weights.
 
 Weights [out, in] are read once, in whole lines, several stages ahead; the few rows ride along in the matrix
 unit's 16. K is walked in one order that the weight's shape fixes, so a row's sums are the same among 1 or 16.
@@ -9,6 +9,16 @@ from __future__ import annotations
 
 from tokenmill.kernels.gpu.jit import as_operand, dot, jit, tl
 from tokenmill.kernels.gpu.norms import normalized
+
+
+@jit
+def tile_of_program(BLOCK_M: tl.constexpr) -> tl.tensor:
+    """(tile of rows, tile of outputs) of this program; tall tiles in an order that reads weights once."""
+    row_tile, output_tile = tl.program_id(0), tl.program_id(1)
+    if BLOCK_M > 32:
+        # Eight tiles of weights stay in the L2 cache while all rows pass.
+        output_tile, row_tile = tl.swizzle2d(output_tile, row_tile, tl.num_programs(1), tl.num_programs(0), 8)
+    return row_tile, output_tile
 
 
 @jit

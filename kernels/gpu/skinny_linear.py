@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenmill.kernels.gpu.activation import activate, check_activation
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, jit_with_runtime, next_power_of_2, tl
 from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, wide_config
-from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale
+from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale, tile_of_program
 from tokenmill.kernels.gpu.norms import LANES, WARPS, RowNorm, chunks, inverse_rms
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
@@ -52,6 +52,27 @@ def make_linear_workspace(
         torch.empty(floats, dtype=torch.float32, device=device),
         torch.zeros(tiles, dtype=torch.int32, device=device),
     )
+
+
+@jit
+def _prefetch(
+    w_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    rows: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    first: tl.tensor,
+    HALVED: tl.constexpr,
+    GATED: tl.constexpr,
+    LINES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """Ask for `rows` of the weights from input `first` on, and for the whole of a norm's weights."""
+    prefetch(w_ptr, rows, K, first, HALVED, LINES)
+    if GATED:
+        prefetch(w_ptr, rows + N, K, first, HALVED, LINES)
+    for chunk in tl.static_range(CHUNKS):
+        prefetch(norm_ptr, tl.arange(0, 1), K, chunk * _LANES, False, _LANE_LINES)
 
 
 @jit
@@ -128,20 +149,16 @@ def _linear_kernel(
     CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    row_tile, output_tile = tl.program_id(0), tl.program_id(1)
-    if BLOCK_M > 32:
-        # Eight tiles of weights stay in the L2 cache while all rows pass.
-        output_tile, row_tile = tl.swizzle2d(output_tile, row_tile, tl.num_programs(1), tl.num_programs(0), 8)
+    row_tile, output_tile = tile_of_program(BLOCK_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = output_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     if PDL:
-        prefetch(w_ptr, tl.minimum(outputs, N - 1), K, split * share, GROUP > 0, LINES)
-        if ACTIVATION != "":
-            prefetch(w_ptr, tl.minimum(outputs, N - 1) + N, K, split * share, GROUP > 0, LINES)
-        for chunk in tl.static_range(CHUNKS):
-            prefetch(norm_ptr, tl.arange(0, 1), K, chunk * _LANES, False, _LANE_LINES)
+        _prefetch(
+            w_ptr, norm_ptr, tl.minimum(outputs, N - 1), N, K, split * share, GROUP > 0, ACTIVATION != "",
+            LINES, CHUNKS,
+        )  # fmt: skip
     wait_for_inputs(PDL)
     x_rows, row_scale = rows, 0.0
     if NORM_ROWS > 0:

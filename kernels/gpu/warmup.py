@@ -211,6 +211,10 @@ def compile_all(
         step()
 
 
+_EXPERTS = ModelShapes(
+    heads=16, kv_heads=16, size=192, value_size=128, rotary=32, interleaved=True, sinks=True,
+    experts=64, experts_per_token=6, intermediate=1408, hidden=2048, batches=(2,),
+)  # fmt: skip
 _OFFLINE = (
     ModelShapes(batches=(1, 32, 128)),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 32, 64, 256, 4096)),
@@ -222,11 +226,14 @@ _OFFLINE = (
     ModelShapes(
         size=256, value_size=256, rotary=128, windows=(0, 4096), softcap=50.0, qk_norm=True, batches=(4,)
     ),
-    ModelShapes(
-        heads=16, kv_heads=16, size=192, value_size=128, rotary=32, interleaved=True, sinks=True,
-        experts=64, experts_per_token=6, intermediate=1408, hidden=2048, batches=(2,),
-    ),
-)  # fmt: skip
+    _EXPERTS,
+)
+_QUICK = (
+    ModelShapes(batches=(1, 32)),
+    ModelShapes(quantization="fp8_dynamic", batches=(1, 4096)),
+    _EXPERTS,
+)
+"""Between them they call every kernel."""
 
 
 def _summary(kernel: CompiledKernel, overlap: bool) -> dict[str, object]:
@@ -250,9 +257,10 @@ def main() -> None:
     """Compile for an H200 that isn't there and print each kernel's needs."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--offline", action="store_true", required=True)
-    parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="every kernel for a few shapes, not for all")
+    every = ((False, _OFFLINE), (True, _OFFLINE[:2]))
     rows = []
-    for overlap, models in ((False, _OFFLINE), (True, _OFFLINE[:2])):
+    for overlap, models in ((True, _QUICK),) if parser.parse_args().quick else every:
         with compiling_for(90) as kernels, overlapping_launches(overlap):
             for shapes in models:
                 compile_all(shapes, META)

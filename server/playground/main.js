@@ -18,7 +18,7 @@ function report(problem) {
 
 async function listModels() {
   try {
-    const { data } = await get("v1/models", headers());
+    const { data } = await (await get("v1/models", headers())).json();
     const chosen = $("model").value;
     $("model").replaceChildren(
       ...data.map(({ id, status }) => {
@@ -29,6 +29,19 @@ async function listModels() {
     );
     if (data.some(({ id }) => id === chosen)) $("model").value = chosen;
     report("");
+  } catch (error) {
+    report(error.message);
+  }
+}
+
+/** Follow a link as the holder of the key; the browser alone would leave it out. */
+async function follow(event) {
+  if (!headers().authorization) return;
+  event.preventDefault();
+  try {
+    const response = await get(event.currentTarget.href, headers());
+    const text = new Blob([await response.text()], { type: "text/plain;charset=utf-8" });
+    location.assign(URL.createObjectURL(text));
   } catch (error) {
     report(error.message);
   }
@@ -170,6 +183,7 @@ $("copy").addEventListener("click", copyCurl);
 $("curl").addEventListener("toggle", showCurl);
 document.addEventListener("input", showCurl);
 $("key").addEventListener("change", listModels);
+$("metrics").addEventListener("click", follow);
 form.elements.mode.forEach((option) => option.addEventListener("change", setMode));
 explainTokens($("answer"), $("token"));
 setMode();

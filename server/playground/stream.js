@@ -9,11 +9,11 @@ async function failure(response) {
   }
 }
 
-/** The JSON of a GET. */
+/** The answer to a GET. */
 export async function get(path, headers) {
   const response = await fetch(path, { headers });
   if (!response.ok) throw await failure(response);
-  return response.json();
+  return response;
 }
 
 /** The chunks of a streamed answer, each as an object. Throws the error that ends a stream too early. */

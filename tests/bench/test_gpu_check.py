@@ -32,7 +32,7 @@ def test_a_rehearsal_runs_and_writes_its_results(tmp_path: Path, capsys: pytest.
             "--rehearse",
             "--one-process",
             "--sections",
-            "texts,logits,speed",
+            "logits,speed",
             "--out",
             str(tmp_path),
             "--seed",

@@ -41,7 +41,7 @@ def test_every_framing_cut_anywhere(framing: str, piece: int, line_end: str) -> 
     for reply in ask(server, count=2):
         assert reply.error is None
         assert reply.status == 200
-        assert len(reply.events) == 5
+        assert len(reply.arrivals) == 5
         assert (reply.prompt_tokens, reply.completion_tokens) == (3, 5)
         assert reply.finish_reason == "length"
     assert server.connections == (2 if framing == "close" else 1)
@@ -51,13 +51,13 @@ def test_every_framing_cut_anywhere(framing: str, piece: int, line_end: str) -> 
 def test_chat_counts_no_event_without_content(piece: int) -> None:
     (reply,) = ask(FakeServer(piece=piece), path=CHAT)
     assert reply.error is None
-    assert len(reply.events) == 5
+    assert len(reply.arrivals) == 5
     assert (reply.prompt_tokens, reply.completion_tokens) == (3, 5)
 
 
 def test_several_tokens_in_an_event_are_counted_by_usage() -> None:
     (reply,) = ask(FakeServer(tokens_per_event=3), tokens=7)
-    assert len(reply.events) == 3
+    assert len(reply.arrivals) == 3
     assert reply.completion_tokens == 7
 
 
@@ -68,7 +68,7 @@ def test_without_usage_events_are_counted() -> None:
 
 def test_times_are_in_order() -> None:
     (reply,) = ask(FakeServer(piece=16))
-    assert reply.began <= reply.events[0] <= reply.events[-1] <= reply.ended
+    assert reply.began <= reply.arrivals[0] <= reply.arrivals[-1] <= reply.ended
     assert reply.first <= reply.whole
     assert len(reply.gaps) == 4
     assert sum(reply.gaps) == pytest.approx(reply.whole - reply.first)
@@ -86,7 +86,7 @@ def test_an_error_status_brings_its_message(framing: str) -> None:
     (reply,) = ask(FakeServer(framing=framing, fail_with=429))
     assert reply.status == 429
     assert reply.error == "status 429: no, thank you"
-    assert reply.events == []
+    assert reply.arrivals == []
 
 
 def test_an_error_in_the_stream_is_an_error() -> None:
@@ -97,7 +97,7 @@ def test_an_error_in_the_stream_is_an_error() -> None:
 def test_a_broken_connection_is_an_error() -> None:
     (reply,) = ask(FakeServer(break_after=2))
     assert reply.error == "the connection broke off"
-    assert len(reply.events) == 2
+    assert len(reply.arrivals) == 2
 
 
 def test_a_server_that_never_answers_runs_into_the_timeout() -> None:

@@ -103,8 +103,8 @@ def test_failed_requests_are_counted_apart() -> None:
 
 def test_rates_and_latencies_by_hand() -> None:
     replies = [
-        Reply(began=0.0, events=[1.0, 1.5, 2.5], completion_tokens=3, prompt_tokens=9),
-        Reply(began=1.0, events=[3.0], completion_tokens=1, prompt_tokens=9),
+        Reply(began=0.0, arrivals=[1.0, 1.5, 2.5], completion_tokens=3, prompt_tokens=9),
+        Reply(began=1.0, arrivals=[3.0], completion_tokens=1, prompt_tokens=9),
     ]
     outcome = Outcome(replies, seconds=2.0)
     assert outcome.output_per_s == 2.0

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tokenmill.bench import cli, limits
 from tokenmill.bench.footprint import footprint_of
 from tokenmill.bench.limits import measure_limits
-from tokenmill.bench.offline import PHASES, BenchError, Driver
+from tokenmill.bench.offline import PHASES, Driver
+from tokenmill.bench.options import BenchError
 from tokenmill.bench.throughput import middle_run
 from tokenmill.bench.workload import Job, Workload
 from tokenmill.engine.llm import LLM
@@ -54,7 +55,7 @@ def test_a_run_accounts_for_every_token_and_second(driver: Driver, batch: int) -
     assert 0 < sum(run.phases.values()) <= run.seconds
     assert run.phases["forward"] > 0
     for timeline in run.timelines:
-        assert timeline.began < timeline.tokens[0] < timeline.tokens[-1]
+        assert timeline.began < timeline.arrivals[0] < timeline.arrivals[-1]
         assert timeline.first + sum(timeline.gaps) == pytest.approx(timeline.whole)
 
 

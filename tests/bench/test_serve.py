@@ -165,6 +165,6 @@ def test_an_impossible_concurrency_is_refused(numbers: str) -> None:
 
 def test_ratios_leave_out_rounds_without_a_base() -> None:
     def outcome(tokens: int) -> Outcome:
-        return Outcome([Reply(0.0, events=[1.0], completion_tokens=tokens)], seconds=1.0)
+        return Outcome([Reply(0.0, arrivals=[1.0], completion_tokens=tokens)], seconds=1.0)
 
     assert ratios_of([outcome(6), outcome(9)], [outcome(3), outcome(0)]) == [2.0]

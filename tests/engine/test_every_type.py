@@ -18,7 +18,7 @@ AUDIO = "speaks in the codebooks of an audio codec, conditioned on another model
 NOT_SERVED = {  # type: (why, what the refusal says)
     "gemma3n": ("its vision tower needs the package timm; gemma3n_text is served", "requires the timm"),
     "gemma4_assistant": (ANOTHER, "no tiny"),
-    "gemma4_unified_assistant": (ANOTHER, "doesn't run on token ids alone"),
+    "gemma4_unified_assistant": (ANOTHER, "doesn't run on token ids alone|no tiny"),
     "musicgen": (AUDIO, "no tiny"),
     "musicgen_melody": (AUDIO, "no tiny"),
 }

@@ -38,7 +38,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_a_model_is_the_same_without_the_rest(model_type: str) -> None:
     folder = str(tiny(model_type))
     plain, _ = json.loads(run(LOAD, folder))

@@ -1,6 +1,7 @@
 """Every kernel compiles for sm_90 and fits the chip, shown without one (kernels/gpu/offline.py).
 
-One process compiles them all, since the interpreter's switch is read when the kernels are imported.
+One process compiles them all, since the interpreter's switch is read when the kernels are imported; for every
+shape that takes minutes where nothing is cached, so `make test` is content with a few.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import pytest
 SHARED_LIMIT = 227 * 1024
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module", params=[["--quick"], pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"]
+)
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tokenmill.kernels.gpu.warmup", "--offline"]
+    command = [sys.executable, "-m", "tokenmill.kernels.gpu.warmup", "--offline", *request.param]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines: list[dict[str, Any]] = json.loads(done.stdout)
@@ -64,7 +67,7 @@ def test_a_norm_adds_up_a_row_in_one_order_wherever_it_stands(kernels: list[dict
         name: [set(kernel["row_sums"]) for kernel in kernels if kernel["name"] == name and kernel["row_sums"]]
         for name in ("rms_norm_kernel", "linear_kernel")
     }
-    assert len(layouts["linear_kernel"]) > 4
+    assert len(layouts["linear_kernel"]) > 2
     for found in layouts["linear_kernel"] + layouts["rms_norm_kernel"]:
         assert found == layouts["rms_norm_kernel"][0]
         assert len(found) == 1

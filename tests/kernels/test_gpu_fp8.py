@@ -6,17 +6,21 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from tokenmill.kernels import gpu, reference
-from tokenmill.kernels.gpu import reference_gpu, selfcheck_fp8
+from tokenmill.kernels.gpu import reference_gpu
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.fp8_matmul import FEW, MANY, SOME, Fp8Tile, tile_for
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows, empty_rows
 from tokenmill.kernels.gpu.jit import FP8, FP8_MAX
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, quantize_fp8, quantize_int8
+from tokenmill.kernels.gpu.selfcheck.fp8 import crowds
+from tokenmill.kernels.gpu.selfcheck.trial import make_trial
 
 CPU = torch.device("cpu")
 TILES = (FEW, SOME, *MANY)
@@ -189,8 +193,8 @@ def test_the_crowds_of_the_self_check_agree_where_sums_are_exact(monkeypatch: py
         x[:, 0] = FP8_MAX
         return x
 
-    generator = torch.Generator().manual_seed(3)
     monkeypatch.setattr(torch, "randn", integers)
-    found = list(selfcheck_fp8.compare_crowds(generator, CPU, 40, 66))
+    trial = dataclasses.replace(make_trial(CPU, seed=3), width=40)
+    found = list(crowds(trial, outputs=66))
     assert len(found) == 10
-    assert all(error == allowed == 0.0 for _, error, allowed in found)
+    assert all(result.error == result.tolerance == 0.0 for result in found)

@@ -19,6 +19,8 @@ from tokenmill.kernels.gpu.jit import FP8, check_toolchain
 from tokenmill.kernels.gpu.microbench import measure_all
 from tokenmill.kernels.gpu.norms import rms_norm
 from tokenmill.kernels.gpu.overlap import launch_options
+from tokenmill.kernels.gpu.selfcheck import graph, products
+from tokenmill.kernels.gpu.selfcheck.trial import make_trial
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return rms_norm(x, weight, 20000 * eps, offset, **keywords)
 
     monkeypatch.setattr(gpu, "rms_norm", wrong)
-    failed = [result.name for result in selfcheck._elementwise(selfcheck._bench(CPU, 0)) if not result.passed]
+    failed = [result.name for result in products.elementwise(make_trial(CPU, 0)) if not result.passed]
     assert any(name.startswith("rms_norm") for name in failed)
 
 
@@ -49,8 +51,8 @@ class Called:
 
 
 def test_the_check_of_a_graph_passes_with_calls_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "_captured", Called)
-    results = list(selfcheck._graph(selfcheck._bench(CPU, 4)))
+    monkeypatch.setattr(graph, "_captured", Called)
+    results = list(graph.graph(make_trial(CPU, 4)))
     assert [result.passed for result in results] == [True, True]
 
 

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -202,8 +203,17 @@ class FakeEngine:
         self.send(Loading("weights", 0.0))
         if self.mode == "crash_loading":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.settings.get("load_s", 0.0))
-        self.send(Loading("weights", 1.0))
+        if self.mode.startswith("hang_loading:"):
+            # The first process to come hangs; those after it find the file.
+            marker = Path(self.mode.partition(":")[2])
+            if not marker.exists():
+                marker.touch()
+                time.sleep(3600)
+        load_s = self.settings.get("load_s", 0.0)
+        news_s = self.settings.get("news_s", load_s) or 1.0
+        for done in range(round(load_s / news_s)):
+            time.sleep(news_s)
+            self.send(Loading("weights", (done + 1) * news_s / load_s))
         if self.mode == "load_failed":
             self.send(LoadFailed("model.safetensors: truncated; download it again"))
             os._exit(0)

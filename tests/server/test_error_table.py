@@ -50,7 +50,7 @@ def test_400(server: LiveServer, path: str) -> None:
     assert check(response, 400, "invalid_request_error", "unknown_parameter")["param"] == "unheard_of"
 
 
-@pytest.mark.parametrize("path", [*ROUTES, "/v1/models", "/tokenizer_info", "/metrics", "/docs", "/nothing"])
+@pytest.mark.parametrize("path", [*ROUTES, "/v1/models", "/tokenizer_info", "/metrics", "/nothing"])
 def test_401(start: Callable[..., LiveServer], path: str) -> None:
     server = start(keys=("secret",))
     for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}):

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -225,6 +226,26 @@ def test_hanging_engine_is_restarted_by_the_watchdog(start: Start) -> None:
     assert live.client.get("/health").status_code == 503
     eventually(lambda: live.client.get("/health").status_code == 200)
     assert live.canary() == before
+
+
+def test_engine_that_hangs_while_loading_is_restarted(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row 29, before there is an engine to be silent. A request that waits for it gets its answer."""
+    live = start(
+        "server: {load_watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", ""),
+        mode=f"hang_loading:{tmp_path / 'hung'}",
+    )
+    assert live.complete(prompt="abc", max_tokens=2).status_code == 503
+    assert "silent for 2 s while loading; restart in" in caplog.text
+    eventually(lambda: live.client.get("/health").status_code == 200)
+    assert live.canary()
+
+
+def test_reports_of_progress_put_the_watchdog_of_loading_off(start: Start) -> None:
+    """Three seconds of loading under a limit of two, with news all along."""
+    live = start('server: {load_watchdog_s: 2}\nmodels: {toy/echo: {source: "fake:load_s=3,news_s=0.5"}}')
+    assert live.complete(prompt="abc", max_tokens=2).status_code == 200
 
 
 def test_row_that_fails_fails_alone(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -10,6 +11,7 @@ from chat_live import CALL, TOOLS, chat, says
 from live_server import LiveServer
 from openapi_spec_validator import validate
 
+from tokenmill.server.api_docs import FILES
 from tokenmill.server.parse import ALIASES, EXTRA_PARAMS
 
 ROUTES = {
@@ -43,10 +45,16 @@ def test_examples_of_bodies_work(
     assert answer.status_code == 200, answer.text
 
 
-def test_page_shows_it(server: LiveServer) -> None:
+def test_page_shows_it_to_everybody(start: Callable[..., LiveServer]) -> None:
+    """A browser sends no key with a page or its files."""
+    server = start(keys=("secret",))
     page = server.client.get("/docs")
-    assert page.status_code == 200
     assert "/openapi.json" in page.text
+    for name, kind in FILES.items():
+        assert f"/docs/{name}" in page.text
+        assert server.client.get(f"/docs/{name}").headers["content-type"].startswith(kind)
+    document = server.client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
 @pytest.mark.parametrize("path", ROUTES)
