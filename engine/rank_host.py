@@ -1,0 +1,104 @@
+"""The process of one rank but the first: `python -m tokenmill.engine.rank_host --fd N`.
+
+    reader thread ──steps──▶ main thread: load, meet the other ranks, then follow rank 0 for ever
+
+The process ends when the socket closes, whatever it is doing; it ends by itself only when something fails, and
+says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from tokenmill.engine.garbage import leave_alone
+from tokenmill.engine.lean_imports import import_transformers
+from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, RankStep
+
+logger = logging.getLogger("tokenmill.engine")
+
+
+class RankHost:
+    """Joins the socket and this rank's part of the model."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._steps: queue.SimpleQueue[RankStep] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Follow rank 0 until it is gone; returns the exit code where that isn't how it ends."""
+        begin = self._link.receive()
+        if not isinstance(begin, Begin):
+            return 0
+        threading.Thread(target=self._read, args=(Path(begin.rendezvous),), name="reader", daemon=True).start()
+        try:
+            self._follow(begin)
+        except LoadError as error:
+            self._say(str(error))
+        except Exception as error:
+            logger.exception("rank %d of %s failed", begin.rank, begin.config.source)
+            self._say(f"{begin.config.source}: rank {begin.rank}: {type(error).__name__}: {first_line(error)}")
+        return 1
+
+    def _follow(self, begin: Begin) -> None:
+        import_transformers()
+        import torch
+
+        from tokenmill.engine.kernel_set import configured_kernels
+        from tokenmill.engine.loader import load
+        from tokenmill.engine.parallel_forward import ParallelForward
+        from tokenmill.engine.ranks import Ranks
+
+        config = begin.config
+        model = load(config, lambda stage, done: None)
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)
+        kernels = configured_kernels(config, model.device, model.dtype)
+        kernels.reserve(config.max_batch, model.logits_width)
+        ranks = Ranks(begin.rank, config.tensor_parallel, model.device, begin.rendezvous)
+        with torch.inference_mode():
+            forward = ParallelForward(
+                model, config, kernels, ranks, arrive=lambda: self._link.send(Loaded())
+            )
+            leave_alone()
+            while True:
+                forward.follow(self._steps.get())
+
+    def _read(self, rendezvous: Path) -> None:
+        """Put each step into the queue; end the process when rank 0 is gone, which may have left its folder."""
+        while isinstance(step := self._link.receive(), RankStep):
+            self._steps.put(step)
+        shutil.rmtree(rendezvous.parent, ignore_errors=True)
+        os._exit(0)
+
+    def _say(self, reason: str) -> None:
+        try:
+            self._link.send(Failed(reason))
+        except OSError:
+            logger.error("%s; rank 0 is gone already", reason)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of a rank's process: `--fd` is its end of the socketpair."""
+    parser = argparse.ArgumentParser(prog="tokenmill.engine.rank_host")
+    parser.add_argument("--fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return RankHost(Link(socket.socket(fileno=arguments.fd))).run()
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
