@@ -27,9 +27,12 @@ class Ranks:
         self.size = size
         self.device = device
         self._rendezvous = rendezvous
+        self._met = False
 
     def meet(self) -> None:
-        """Wait until all ranks are here. Once a process: torch knows one group of this kind."""
+        """Wait until all ranks are here. torch knows one such group a process: raises RuntimeError for a second."""
+        if dist.is_initialized():
+            raise RuntimeError("this process has another model with tensor_parallel; close that first")
         if sys.platform == "linux":
             for name in INTERFACES:
                 os.environ.setdefault(name, "lo")
@@ -42,10 +45,12 @@ class Ranks:
             timeout=PATIENCE,
             device_id=self.device if on_gpu else None,
         )
+        self._met = True
 
     def part(self) -> None:
-        """Leave the group, if there is one."""
-        if dist.is_initialized():
+        """Leave the group, where they met."""
+        if self._met:
+            self._met = False
             dist.destroy_process_group()
 
     def add_up(self, x: Tensor) -> Tensor:

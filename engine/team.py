@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,7 +45,7 @@ ENDING_S = 5.0
 class Team:
     """The ranks of one model; a process has one team at a time."""
 
-    def __init__(self, config: EngineConfig, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         """Start the other ranks' processes, which begin to load; raises LoadError."""
         configs = configs_of_ranks(config)
         self.config = configs[0]
@@ -55,7 +54,7 @@ class Team:
         self._closing = threading.Event()
         self._links: list[Link] = []
         self._children: list[subprocess.Popen[bytes]] = []
-        folder = Path(tempfile.mkdtemp(prefix="tokenmill-ranks-"))
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="tokenmill-ranks-"))
         rendezvous = str(folder / "rendezvous")
         self._ranks = Ranks(0, config.tensor_parallel, torch.device(configs[0].device), rendezvous)
         self._finalizer = weakref.finalize(
@@ -63,17 +62,17 @@ class Team:
         )
         try:
             for rank, one in enumerate(configs[1:], 1):
-                self._start(command, Begin(one, rank, rendezvous))
+                self._start(Begin(one, rank, rendezvous))
         except OSError as error:
             self.close()
             raise LoadError(f"{config.source}: another rank's process can't be started ({error})") from None
 
-    def _start(self, command: Sequence[str], begin: Begin) -> None:
+    def _start(self, begin: Begin) -> None:
         ours, theirs = socket.socketpair()
         self._links.append(Link(ours))
         with theirs:
             child = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno())],
+                [*COMMAND, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -187,7 +187,12 @@ def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
         ("models:\n  ab: {source: x}\n", "2:7", "vendor/model_name"),
         ("models:\n  a/b: {source: x, deployments: {'c/d': {}}}\n", "2:41", "deployment's name"),
         ("models:\n  a/b: {source: x, deployments: {c: {dtype: auto}}}\n", "2:38", "no key 'dtype'"),
-        ("models:\n  a/b: {source: x, tensor_parallel: 2}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, tensor_parallel: 0}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, tensor_parallel: 65}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, device: 'cuda:1', tensor_parallel: 2}\n", "2:55", "device is cuda"),
+        ("defaults: {device: 'cuda:0'}\nmodels:\n  a/b: {source: x, tensor_parallel: 2}\n", "3:37", "device is cuda"),
+        ("models:\n  a/b: {source: x, quantization: gguf, tensor_parallel: 2}\n", "2:57", "gguf"),
+        ("models:\n  a/b: {source: x, deterministic: true, tensor_parallel: 4}\n", "2:58", "deterministic"),
         ("models:\n  a/b: {source: x, speech: y/z}\n", "2:28", "speech"),
         ("models:\n  a/b: {source: x, fim: {prefix: a}}\n", "2:25", "needs the key 'suffix'"),
         (
