@@ -112,7 +112,9 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         eos_ids=tuple(x for x in opened.tokenizer.eos_ids if x < width),
         logits_width=width,
         fingerprint=fingerprint,
-        description=_describe(text_config.model_type, parameters, dtype, _place(config, device), note, config.quantization),
+        description=_describe(
+            text_config.model_type, parameters, dtype, _place(config, device), note, config.quantization
+        ),
         model_type=text_config.model_type,
         parameters=parameters,
         size=size_of(module, text_config, config.quantization, opened.blocks),

@@ -69,9 +69,7 @@ class Result:
 class ModelRunner:
     """Owns the model's forward pass and the persistent rows."""
 
-    def __init__(
-        self, model: LoadedModel, config: EngineConfig, build: BuildForward = build_forward
-    ) -> None:
+    def __init__(self, model: LoadedModel, config: EngineConfig, build: BuildForward = build_forward) -> None:
         self.model = model
         self.device = model.device
         self.kernels = configured_kernels(config, model.device, model.dtype)

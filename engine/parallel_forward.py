@@ -34,6 +34,7 @@ from tokenmill.engine.scheduler import Step
 from tokenmill.engine.shard import Share, shard
 from tokenmill.engine.staging import Staging
 
+
 class Together:
     """How the ranks' results come together (decoder.Spread)."""
 
@@ -86,9 +87,7 @@ class ParallelForward(PagedForward):
         self._staging = Staging(model.device)
         super().__init__(model, config, kernels)
 
-    def _build(
-        self, model: LoadedModel, config: EngineConfig
-    ) -> tuple[ModelLogits, str, list[LayerSpec]]:
+    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[LayerSpec]]:
         form, module, size = model.verdict.decoder, model.module, self._ranks.size
         assert module is not None
         if form is None or not config.fused_decoder:
@@ -107,7 +106,11 @@ class ParallelForward(PagedForward):
         decoder = Decoder(described, self._kernels, Together(self._ranks, model.logits_width))
         self._arrive()
         self._ranks.meet()
-        return decoder, f"fused decoder, {self._kernels.name} kernels, {size} ranks without CUDA graphs", layers
+        return (
+            decoder,
+            f"fused decoder, {self._kernels.name} kernels, {size} ranks without CUDA graphs",
+            layers,
+        )
 
     def _count_blocks(
         self, model: LoadedModel, config: EngineConfig, dtype: torch.dtype, activations: int

@@ -1,6 +1,6 @@
 """The process of one rank but the first: `python -m tokenmill.engine.rank_host --fd N`.
 
-    reader thread ──steps──▶ main thread: load, meet the other ranks, then follow rank 0 for ever
+    reader thread ──steps──▶ main thread: import, load, meet the other ranks, then follow rank 0 for ever
 
 The process ends when the socket closes, whatever it is doing; it ends by itself only when something fails, and
 says why.
@@ -9,6 +9,7 @@ says why.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import queue
@@ -36,21 +37,26 @@ class RankHost:
 
     def run(self) -> int:
         """Follow rank 0 until it is gone; returns the exit code where that isn't how it ends."""
+        import_transformers()
+        importlib.import_module("tokenmill.engine.parallel_forward")
         begin = self._link.receive()
         if not isinstance(begin, Begin):
             return 0
-        threading.Thread(target=self._read, args=(Path(begin.rendezvous),), name="reader", daemon=True).start()
+        threading.Thread(
+            target=self._read, args=(Path(begin.rendezvous),), name="reader", daemon=True
+        ).start()
         try:
             self._follow(begin)
         except LoadError as error:
             self._say(str(error))
         except Exception as error:
             logger.exception("rank %d of %s failed", begin.rank, begin.config.source)
-            self._say(f"{begin.config.source}: rank {begin.rank}: {type(error).__name__}: {first_line(error)}")
+            self._say(
+                f"{begin.config.source}: rank {begin.rank}: {type(error).__name__}: {first_line(error)}"
+            )
         return 1
 
     def _follow(self, begin: Begin) -> None:
-        import_transformers()
         import torch
 
         from tokenmill.engine.kernel_set import configured_kernels
@@ -59,16 +65,15 @@ class RankHost:
         from tokenmill.engine.ranks import Ranks
 
         config = begin.config
+        device = torch.device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         model = load(config, lambda stage, done: None)
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)
         kernels = configured_kernels(config, model.device, model.dtype)
         kernels.reserve(config.max_batch, model.logits_width)
-        ranks = Ranks(begin.rank, config.tensor_parallel, model.device, begin.rendezvous)
+        ranks = Ranks(begin.rank, config.tensor_parallel, device, begin.rendezvous)
         with torch.inference_mode():
-            forward = ParallelForward(
-                model, config, kernels, ranks, arrive=lambda: self._link.send(Loaded())
-            )
+            forward = ParallelForward(model, config, kernels, ranks, arrive=lambda: self._link.send(Loaded()))
             leave_alone()
             while True:
                 forward.follow(self._steps.get())

@@ -10,6 +10,7 @@ Frames are those of messages.py. Tensors travel between the devices themselves (
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -97,10 +98,12 @@ class Link:
             return None
         return _decoder.decode(payload) if len(payload) == length else None
 
-    def close(self) -> None:
-        """End the connection; the other end's `receive` returns None."""
-        try:
+    def shut(self) -> None:
+        """End the connection: `receive` returns None at both ends."""
+        with suppress(OSError):  # the other end was quicker
             self._connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was quicker
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._stream.close()
         self._connection.close()

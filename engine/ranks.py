@@ -19,6 +19,11 @@ PATIENCE = timedelta(minutes=10)
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
+def taken() -> bool:
+    """Whether this process is in a group already: torch has one of this kind a process."""
+    return dist.is_initialized()
+
+
 class Ranks:
     """Rank `rank` of `size`; `device` is where its tensors are."""
 
@@ -30,16 +35,14 @@ class Ranks:
         self._met = False
 
     def meet(self) -> None:
-        """Wait until all ranks are here. torch knows one such group a process: raises RuntimeError for a second."""
-        if dist.is_initialized():
-            raise RuntimeError("this process has another model with tensor_parallel; close that first")
+        """Wait until all ranks are here."""
         if sys.platform == "linux":
             for name in INTERFACES:
                 os.environ.setdefault(name, "lo")
         on_gpu = self.device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=dist.FileStore(self._rendezvous, self.size),
+            init_method=f"file://{self._rendezvous}",
             rank=self.rank,
             world_size=self.size,
             timeout=PATIENCE,

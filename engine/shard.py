@@ -58,10 +58,12 @@ def shard(
         _cut_attention(layer.attention, share)
         _cut_feed(layer.mlp, share)
     tied = model.head.weight is model.embedding
+    if not tied:
+        _cut_head(model.head, share)
     replace_tensors(model, lambda tensor: tensor.to(device))
-    if tied:
+    if tied:  # a view of what is there anyway
         model.head.weight = model.embedding
-    _cut_head(model.head, share)
+        _cut_head(model.head, share)
     return [
         replace(cached, kv_heads=layer.attention.kv_heads)
         for cached, layer in zip(layers, model.layers, strict=True)

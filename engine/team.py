@@ -1,8 +1,9 @@
 """Rank 0's side of a model that several ranks share: the other ranks' processes, from first to last.
 
     engine process (rank 0) ──spawns──▶ rank_host.py (rank 1, 2, …), each at the end of a socket of its own
-       load its part                        load its part
-       wait for all  ◀─────Loaded────────
+       find, check, map the files           import
+       take its part     ──────Begin─────▶  map the files, take its part
+       wait for all      ◀─────Loaded─────
        └──────────── meet, profile, allocate: in step with each other from here on ────────────┘
 
 A process whose socket closes ends itself, so none outlives rank 0. When another one ends unasked, rank 0's ends
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -32,42 +34,48 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.parallel_forward import LeadingForward
 from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, RankStep
-from tokenmill.engine.ranks import Ranks
+from tokenmill.engine.ranks import Ranks, taken
 from tokenmill.kernels.cpu.library import default_threads
 
 logger = logging.getLogger("tokenmill.engine")
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "tokenmill.engine.rank_host")
 LOST_A_RANK = 3
 """Exit code of an engine process that ends because another rank did."""
-ENDING_S = 5.0
 
 
 class Team:
     """The ranks of one model; a process has one team at a time."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Start the other ranks' processes, which begin to load; raises LoadError."""
-        configs = configs_of_ranks(config)
-        self.config = configs[0]
-        """Rank 0's own."""
+        """Start the other ranks' processes, which import what they need; raises LoadError."""
+        if taken():
+            raise LoadError(
+                f"{config.source}: this process has a model with tensor_parallel already; close that first"
+            )
+        self._configs = configs_of_ranks(config)
         self._source = config.source
         self._closing = threading.Event()
         self._links: list[Link] = []
         self._children: list[subprocess.Popen[bytes]] = []
         self._folder = folder = Path(tempfile.mkdtemp(prefix="tokenmill-ranks-"))
-        rendezvous = str(folder / "rendezvous")
-        self._ranks = Ranks(0, config.tensor_parallel, torch.device(configs[0].device), rendezvous)
+        self._rendezvous = str(folder / "rendezvous")
+        self._ranks = Ranks(0, config.tensor_parallel, torch.device(self.config.device), self._rendezvous)
         self._finalizer = weakref.finalize(
             self, _end, self._closing, self._ranks, self._links, self._children, folder
         )
         try:
-            for rank, one in enumerate(configs[1:], 1):
-                self._start(Begin(one, rank, rendezvous))
+            for _ in self._configs[1:]:
+                self._start()
         except OSError as error:
             self.close()
             raise LoadError(f"{config.source}: another rank's process can't be started ({error})") from None
 
-    def _start(self, begin: Begin) -> None:
+    @property
+    def config(self) -> EngineConfig:
+        """Rank 0's own: with its device."""
+        return self._configs[0]
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._links.append(Link(ours))
         with theirs:
@@ -77,13 +85,18 @@ class Team:
                 stdin=subprocess.DEVNULL,
             )
         self._children.append(child)
-        self._links[-1].send(begin)
 
     @torch.no_grad()
     def build_forward(
         self, model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels
     ) -> LeadingForward:
-        """Rank 0's forward pass. Takes the model's weights over; returns when every rank has its part."""
+        """Rank 0's forward pass. Takes the model's weights over; returns when every rank has its part.
+
+        Only now do the others load: what loading leaves in caches (a download, a converted file, a verdict) is there.
+        """
+        for rank, link in enumerate(self._links, 1):
+            with suppress(OSError):  # one that is gone is noticed when all are waited for
+                link.send(Begin(self._configs[rank], rank, self._rendezvous))
         return LeadingForward(model, config, kernels, self._ranks, self._wait_for_all, self._tell)
 
     def _wait_for_all(self) -> None:
@@ -164,14 +177,14 @@ def _end(
     children: list[subprocess.Popen[bytes]],
     folder: Path,
 ) -> None:
+    """The other ranks go first: in the middle of a sum, rank 0 could wait for them in vain while it leaves."""
     closing.set()
-    ranks.part()
+    for link in links:
+        link.shut()
+    for child in children:
+        child.kill()
+        child.wait()
     for link in links:
         link.close()
-    for child in children:
-        try:
-            child.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+    ranks.part()
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ import msgspec
 
 from tokenmill.engine.config import DType, Quantization
 from tokenmill.server.auth import read_keys
-from tokenmill.server.config import MOST_RANKS, BUILT_IN, Config, Entry
+from tokenmill.server.config import BUILT_IN, MOST_RANKS, Config, Entry
 from tokenmill.server.config_file import ConfigError, load_config
 from tokenmill.server.console import Console
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess

@@ -212,11 +212,17 @@ def _check_ranks(entry: Entry, config: Config, root: yaml.Node, path: tuple[str,
         return
     mark = _node(root, *path, "tensor_parallel").start_mark
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"tensor_parallel {size} takes the first {size} GPUs: device is cuda, not {device!r}", mark)
+        raise ConfigError(
+            f"tensor_parallel {size} takes the first {size} GPUs: device is cuda, not {device!r}", mark
+        )
     if entry.quantization == "gguf":
-        raise ConfigError("tensor_parallel doesn't go with quantization gguf, whose blocks can't be cut", mark)
+        raise ConfigError(
+            "tensor_parallel doesn't go with quantization gguf, whose blocks can't be cut", mark
+        )
     if entry.deterministic is True and size > 2:
-        raise ConfigError("deterministic needs a tensor_parallel of at most 2: longer sums have no fixed order", mark)
+        raise ConfigError(
+            "deterministic needs a tensor_parallel of at most 2: longer sums have no fixed order", mark
+        )
 
 
 def _check_variant(variant: Entry | Deployment, root: yaml.Node, path: tuple[str, ...]) -> None:

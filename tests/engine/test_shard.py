@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenmill.engine import attention, decoder_spec, guards, loader
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.kernel_set import CpuKernels, ReferenceKernels
+from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.parallel_forward import Together
 from tokenmill.engine.shard import Share, refuse_uneven, shard
@@ -71,9 +71,8 @@ def described(folder: Path) -> tuple[decoder_spec.DecoderSpec, list[attention.La
 
 
 @torch.inference_mode()
-def logits_of_ranks(
-    folder: Path, size: int, make: Callable[[], ReferenceKernels] = ReferenceKernels
-) -> list[Tensor]:
+def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:
+    """Rank 0's logits of `TEXTS`."""
     whole, layers = described(folder)
     width = whole.head.weight.shape[0]
     meeting = Meeting(size)
@@ -83,10 +82,11 @@ def logits_of_ranks(
         part = copy.deepcopy(whole)
         own = shard(part, layers, Share(rank, size), CPU)
         seat: Any = Seat(meeting, rank)
-        return guards.run_paged(Decoder(part, make(), Together(seat, width)), own, TEXTS)
+        return guards.run_paged(Decoder(part, ReferenceKernels(), Together(seat, width)), own, TEXTS)
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(one, range(size)))[0]
+        found, *_ = pool.map(one, range(size))
+        return found
 
 
 @torch.inference_mode()
@@ -161,7 +161,10 @@ def test_what_ranks_do_not_divide_is_refused(model_type: str, size: int, message
 
 def test_sizes_that_ranks_do_not_divide_are_refused() -> None:
     for overrides, message in (
-        ({"hidden": 96, "num_attention_heads": 6, "num_key_value_heads": 3}, "2 doesn't divide its 3 KV heads"),
+        (
+            {"hidden": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+            "2 doesn't divide its 3 KV heads",
+        ),
         ({"intermediate_size": 101}, "2 doesn't divide its 101 hidden values of the MLP"),
     ):
         whole, _ = described(tiny("llama", **overrides))

@@ -43,7 +43,7 @@ def test_a_second_team_is_refused_and_leaves_the_first_alone() -> None:
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     first = open_llm("llama", 2)
     wanted = first.generate([[5, 6]], params)[0].choices[0].token_ids
-    with pytest.raises(RuntimeError, match="another model with tensor_parallel"):
+    with pytest.raises(LoadError, match="has a model with tensor_parallel already"):
         open_llm("llama", 2)
     assert first.generate([[5, 6]], params)[0].choices[0].token_ids == wanted
     first.close()
@@ -115,7 +115,10 @@ link.receive()
 
 @pytest.mark.parametrize(
     ("then", "message"),
-    [("link.send(Failed('x: rank 1 has no luck'))", "^x: rank 1 has no luck$"), ("", "rank 1 ended while it loaded")],
+    [
+        ("link.send(Failed('x: rank 1 has no luck'))", "^x: rank 1 has no luck$"),
+        ("", "rank 1 ended while it loaded"),
+    ],
 )
 def test_a_rank_that_fails_while_loading_says_why(
     then: str, message: str, monkeypatch: pytest.MonkeyPatch
@@ -137,11 +140,14 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
     """Rank 0 is killed; nobody tells the other one but the closed socket."""
     script = (
         "import sys; from tokenmill.engine import LLM\n"
-        f"llm = LLM(sys.argv[1], device='cpu', tensor_parallel=2, max_context=128, num_blocks=20)\n"
+        "llm = LLM(sys.argv[1], device='cpu', tensor_parallel=2, max_context=128, num_blocks=20)\n"
         "print(llm.engine._team._children[0].pid, llm.engine._team._folder, flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tiny("llama"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tiny("llama"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     pid, folder = process.stdout.readline().split()
