@@ -48,6 +48,7 @@ GPU_DRAFT_ROWS = 64
 
 
 def _start_team(config: EngineConfig) -> Team:
+    """Only a model of several ranks has to do with torch.distributed."""
     from tokenmill.engine.team import Team
 
     return Team(config)

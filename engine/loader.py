@@ -67,6 +67,8 @@ class LoadedModel:
     """Which ways of running it are right."""
     blocks: dict[str, BlockWeight] = field(default_factory=dict)
     """Parameters whose values stay in a GGUF file's blocks; in the module zeros stand for them."""
+    copied: bool = False
+    """On a CPU: whether the weights take memory of their own, because they were converted as they were read."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -120,7 +122,14 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         size=size_of(module, text_config, config.quantization, opened.blocks),
         verdict=opened.verdict,
         blocks=opened.blocks,
+        copied=_is_copied(module, checkpoint, dtype),
     )
+
+
+def _is_copied(module: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether transformers had to convert what it read: to another dtype, or to experts in one tensor."""
+    stored = STORED.get(checkpoint.stored_dtype or "")
+    return stored is not dtype or any(".experts." in name for name, _ in module.named_parameters())
 
 
 def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -14,6 +14,7 @@ processes, and the front end starts them again. Decode steps aren't captured in 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -104,13 +105,11 @@ class ParallelForward(PagedForward):
             raise LoadError(f"{config.source}: {error}") from None
         self._kernels.own_threads()
         decoder = Decoder(described, self._kernels, Together(self._ranks, model.logits_width))
+        gc.collect()  # what was read whole is to be gone before another rank reads it
         self._arrive()
         self._ranks.meet()
-        return (
-            decoder,
-            f"fused decoder, {self._kernels.name} kernels, {size} ranks without CUDA graphs",
-            layers,
-        )
+        uncaptured = ", decode steps without CUDA graphs" if model.device.type == "cuda" else ""
+        return decoder, f"fused decoder, {self._kernels.name} kernels, {size} ranks{uncaptured}", layers
 
     def _count_blocks(
         self, model: LoadedModel, config: EngineConfig, dtype: torch.dtype, activations: int

@@ -23,7 +23,7 @@ from pathlib import Path
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
 from tokenmill.engine.load_error import LoadError, first_line
-from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, RankStep
+from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, RankStep
 
 logger = logging.getLogger("tokenmill.engine")
 
@@ -34,6 +34,7 @@ class RankHost:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._steps: queue.SimpleQueue[RankStep] = queue.SimpleQueue()
+        self._all_loaded = threading.Event()
 
     def run(self) -> int:
         """Follow rank 0 until it is gone; returns the exit code where that isn't how it ends."""
@@ -73,17 +74,25 @@ class RankHost:
         kernels.reserve(config.max_batch, model.logits_width)
         ranks = Ranks(begin.rank, config.tensor_parallel, device, begin.rendezvous)
         with torch.inference_mode():
-            forward = ParallelForward(model, config, kernels, ranks, arrive=lambda: self._link.send(Loaded()))
+            forward = ParallelForward(model, config, kernels, ranks, self._arrive)
             leave_alone()
             while True:
                 forward.follow(self._steps.get())
 
     def _read(self, rendezvous: Path) -> None:
         """Put each step into the queue; end the process when rank 0 is gone, which may have left its folder."""
-        while isinstance(step := self._link.receive(), RankStep):
-            self._steps.put(step)
+        while isinstance(message := self._link.receive(), Meet | RankStep):
+            if isinstance(message, Meet):
+                self._all_loaded.set()
+            else:
+                self._steps.put(message)
         shutil.rmtree(rendezvous.parent, ignore_errors=True)
         os._exit(0)
+
+    def _arrive(self) -> None:
+        """Tell rank 0 that the weights are here, and wait until all ranks' are."""
+        self._link.send(Loaded())
+        self._all_loaded.wait()
 
     def _say(self, reason: str) -> None:
         try:

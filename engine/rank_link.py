@@ -1,8 +1,9 @@
 """What crosses the socket between rank 0, which is the engine process, and each other rank of its model.
 
     rank 0                                        rank 1, 2, … (rank_host.py)
-      Begin, then a RankStep for every step  ───▶
+      Begin                                  ───▶
                                              ◀───  Loaded, or Failed at any time
+      Meet, then a RankStep for every step   ───▶
 
 Frames are those of messages.py. Tensors travel between the devices themselves (ranks.py).
 """
@@ -35,6 +36,10 @@ class Begin(msgspec.Struct, tag=True, array_like=True):
     rendezvous: str
 
 
+class Meet(msgspec.Struct, tag=True, array_like=True):
+    """Every rank has its weights: meet the others now."""
+
+
 class RankStep(msgspec.Struct, tag=True, array_like=True):
     """One forward pass of T tokens of R sequences, of which N rows of logits are wanted."""
 
@@ -55,7 +60,7 @@ class RankStep(msgspec.Struct, tag=True, array_like=True):
 
 
 class Loaded(msgspec.Struct, tag=True, array_like=True):
-    """The rank has its weights and is about to meet the others."""
+    """The rank has its weights and waits to be told to meet the others."""
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True):
@@ -64,10 +69,10 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
     reason: str
 
 
-ToRank = Begin | RankStep
+ToRank = Begin | Meet | RankStep
 FromRank = Loaded | Failed
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Begin | RankStep | Loaded | Failed)
+_decoder = msgspec.msgpack.Decoder(ToRank | FromRank)
 
 
 class Link:

@@ -3,7 +3,8 @@
     engine process (rank 0) ──spawns──▶ rank_host.py (rank 1, 2, …), each at the end of a socket of its own
        find, check, map the files           import
        take its part     ──────Begin─────▶  map the files, take its part
-       wait for all      ◀─────Loaded─────
+       wait for all      ◀─────Loaded─────  wait
+                         ───────Meet──────▶
        └──────────── meet, profile, allocate: in step with each other from here on ────────────┘
 
 A process whose socket closes ends itself, so none outlives rank 0. When another one ends unasked, rank 0's ends
@@ -33,7 +34,7 @@ from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.parallel_forward import LeadingForward
-from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, RankStep
+from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, RankStep
 from tokenmill.engine.ranks import Ranks, taken
 from tokenmill.kernels.cpu.library import default_threads
 
@@ -54,6 +55,7 @@ class Team:
             )
         self._configs = configs_of_ranks(config)
         self._source = config.source
+        self._in_turn = False
         self._closing = threading.Event()
         self._links: list[Link] = []
         self._children: list[subprocess.Popen[bytes]] = []
@@ -93,28 +95,37 @@ class Team:
         """Rank 0's forward pass. Takes the model's weights over; returns when every rank has its part.
 
         Only now do the others load: what loading leaves in caches (a download, a converted file, a verdict) is there.
+        Weights that are converted as they are read take the whole model's size meanwhile: then the ranks take turns.
         """
-        for rank, link in enumerate(self._links, 1):
-            with suppress(OSError):  # one that is gone is noticed when all are waited for
-                link.send(Begin(self._configs[rank], rank, self._rendezvous))
+        self._in_turn = model.copied
+        if not self._in_turn:
+            for rank in range(1, len(self._configs)):
+                self._begin(rank)
         return LeadingForward(model, config, kernels, self._ranks, self._wait_for_all, self._tell)
+
+    def _begin(self, rank: int) -> None:
+        with suppress(OSError):  # a rank that is gone is noticed when it is waited for
+            self._links[rank - 1].send(Begin(self._configs[rank], rank, self._rendezvous))
 
     def _wait_for_all(self) -> None:
         """Until each rank has loaded its part; from then on, watch them."""
         for rank, link in enumerate(self._links, 1):
+            if self._in_turn:
+                self._begin(rank)
             message = link.receive()
             if isinstance(message, Failed):
                 raise LoadError(message.reason)
             if not isinstance(message, Loaded):
                 raise LoadError(f"{self._source}: the process of rank {rank} ended while it loaded")
+        self._tell(Meet())
         watch = threading.Thread(
             target=_watch, args=(self._closing, self._links, self._source), name="ranks", daemon=True
         )
         watch.start()
 
-    def _tell(self, step: RankStep) -> None:
+    def _tell(self, message: Meet | RankStep) -> None:
         for link in self._links:
-            link.send(step)
+            link.send(message)
 
     def close(self) -> None:
         """End the other ranks, and wait for their end. Done at exit, too, and when nobody uses the team any more."""

@@ -49,6 +49,20 @@ def test_a_second_team_is_refused_and_leaves_the_first_alone() -> None:
     first.close()
 
 
+def test_converted_weights_are_loaded_in_turn() -> None:
+    """The files are float32: each rank makes bfloat16 of the whole model before it takes its part."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    scores = []
+    for ranks in (1, 2):
+        llm = open_llm("llama", ranks, dtype="bfloat16")
+        assert llm.engine.model.copied
+        found = llm.generate([list(range(10, 40))], params)[0].prompt_logprobs
+        llm.close()
+        assert found is not None
+        scores.append(found.values)
+    assert scores[1] == pytest.approx(scores[0], abs=0.2)
+
+
 def test_a_cache_of_so_many_gib_is_that_of_all_ranks_together() -> None:
     sizes = []
     for ranks in (1, 2):
