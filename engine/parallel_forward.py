@@ -99,12 +99,16 @@ class ParallelForward(PagedForward):
         layers = attention.probe_layers(module, multiply=False)
         described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
         model.module = module = None
+        self._kernels.own_threads()
         try:
             layers = shard(described, layers, Share(self._ranks.rank, size), model.device)
+            decoder = Decoder(described, self._kernels, Together(self._ranks, model.logits_width))
         except LoadError as error:
             raise LoadError(f"{config.source}: {error}") from None
-        self._kernels.own_threads()
-        decoder = Decoder(described, self._kernels, Together(self._ranks, model.logits_width))
+        except torch.OutOfMemoryError:
+            raise LoadError(
+                f"{config.source}: a rank's part of its weights doesn't fit into the memory of {model.device}"
+            ) from None
         gc.collect()  # what was read whole is to be gone before another rank reads it
         self._arrive()
         self._ranks.meet()

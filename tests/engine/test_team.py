@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import tiny
 
 from tokenmill.engine import LLM, SamplingParams
@@ -77,6 +78,15 @@ def test_a_cache_of_so_many_gib_is_that_of_all_ranks_together() -> None:
 def test_no_room_on_any_rank_is_one_line() -> None:
     with pytest.raises(MemoryError, match="no room for a KV cache"):
         open_llm("llama", 2, num_blocks=None, kv_cache=KVCacheConfig(gib=1e-6))
+
+
+def test_a_part_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("tokenmill.engine.parallel_forward.shard", full)
+    with pytest.raises(LoadError, match="a rank's part of its weights doesn't fit into the memory of cpu"):
+        open_llm("llama", 2)
 
 
 @pytest.mark.parametrize(
