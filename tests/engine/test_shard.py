@@ -70,7 +70,6 @@ def described(folder: Path) -> tuple[decoder_spec.DecoderSpec, list[attention.La
     return decoder_spec.describe(model.module, layers, model.max_context, form), layers
 
 
-@torch.inference_mode()
 def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:
     """Rank 0's logits of `TEXTS`."""
     whole, layers = described(folder)
@@ -89,10 +88,10 @@ def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:
         return found
 
 
-@torch.inference_mode()
 def whole_logits(folder: Path) -> list[Tensor]:
     whole, layers = described(folder)
-    return guards.run_paged(Decoder(whole, ReferenceKernels()), layers, TEXTS)
+    with torch.inference_mode():
+        return guards.run_paged(Decoder(whole, ReferenceKernels()), layers, TEXTS)
 
 
 @pytest.mark.parametrize("size", [2, 4])
