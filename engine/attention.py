@@ -13,11 +13,13 @@ after the other. No mask is ever built: causality follows from the lengths in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from tokenmill.engine.kernel_set import AttentionPlans
@@ -130,18 +132,32 @@ def register() -> None:
     AttentionInterface.register(NAME, paged_forward)
 
 
+class _NoProducts(TorchFunctionMode):
+    """Linears give zeros without reading their weights."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is nn.functional.linear:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], weight.shape[0])
+        return function(*args, **(kwargs or {}))
+
+
 @torch.inference_mode()
-def probe_layers(module: nn.Module, token: int = 0) -> list[LayerSpec]:
+def probe_layers(module: nn.Module, token: int = 0, *, multiply: bool = True) -> list[LayerSpec]:
     """Number the attention layers by one forward of one token, and tell what each caches.
 
-    Raises ValueError when a layer attends more than once or none does.
+    Without `multiply` it computes next to nothing and reads no matrix of a mapped file: for models whose code
+    asks for shapes alone. Raises ValueError when a layer attends more than once or none does.
     """
     for part in module.modules():
         if hasattr(part, _LAYER):
             delattr(part, _LAYER)
     recorder = LayerRecorder()
     device = next(module.parameters()).device
-    forward(module, torch.tensor([token], device=device), torch.tensor([0], device=device), recorder)
+    with nullcontext() if multiply else _NoProducts():
+        forward(module, torch.tensor([token], device=device), torch.tensor([0], device=device), recorder)
     if not recorder.layers:
         raise ValueError(f"{type(module).__name__} never calls the attention interface")
     return recorder.layers

@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    tensor_parallel: int = 1
+    """Ranks that share each matrix: as many GPUs, or processes of a CPU."""
     quantization: Quantization | None = None
     max_context: int | None = None
     """Tokens of prompt and completion together; None takes the checkpoint's own limit."""

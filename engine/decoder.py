@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,18 @@ from tokenmill.engine.attention import AttentionMetadata
 from tokenmill.engine.kernel_set import Mixture, Normalize, Product, ReferenceKernels
 
 NOTHING = torch.empty(0)
+Sum = Callable[[Tensor, Tensor | None], Tensor]
+"""x [T, in], residual [T, out] or None → [T, out]: a product, or what a mixture's experts give together."""
+
+
+class Spread(Protocol):
+    """How results come together where each of several ranks holds a part of every matrix (parallel_forward.py)."""
+
+    def summed(self, partial_sum: Sum) -> Sum:
+        """All ranks' sums added up, on every rank; the residual is added once."""
+
+    def joined(self, head: Product) -> Product:
+        """All ranks' logits side by side, on rank 0."""
 
 
 @dataclass(slots=True)
@@ -33,7 +46,7 @@ class _Block:
     mlp_in: Normalize
     mlp_out: Normalize | None
     qkv: Product
-    out: Product
+    out: Sum
     feed: _Dense | _Sparse
 
 
@@ -42,7 +55,7 @@ class _Dense:
     """A gated or plain MLP; `activation` is what remains to be applied between its products."""
 
     up: Product
-    down: Product
+    down: Sum
     activation: str | None
 
 
@@ -59,23 +72,35 @@ class _Sparse:
 
 
 class Decoder:
-    """Logits of a step's tokens. Takes the weights out of `model` as it goes."""
+    """Logits of a step's tokens. Takes the weights out of `model` as it goes.
 
-    def __init__(self, model: spec.DecoderSpec, kernels: ReferenceKernels) -> None:
+    With `spread`, `model` is one rank's part (shard.py), and the logits are whole on rank 0 only.
+    """
+
+    def __init__(
+        self, model: spec.DecoderSpec, kernels: ReferenceKernels, spread: Spread | None = None
+    ) -> None:
         self._kernels = kernels
         self._spec = model
+        self._spread = spread
         tied = model.head.weight is model.embedding
-        self._head = kernels.make_head(model.head.weight, model.head.bias)
-        self._embed = kernels.make_embedding(model.embedding, self._head if tied else None)
+        head = kernels.make_head(model.head.weight, model.head.bias)
+        self._embed = kernels.make_embedding(model.embedding, head if tied else None)
         _drop(model.head, model)
-        self._norm = self._normalize(model.norm, [self._head])
+        self._norm = self._normalize(model.norm, [head])
+        self._head = head if spread is None else spread.joined(head)
         self._blocks = [self._block(layer) for layer in model.layers]
 
     def _block(self, layer: spec.Layer) -> _Block:
         attention = layer.attention
         make = self._kernels.make_linear
         qkv = make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None)
-        feed = self._dense(layer.mlp) if isinstance(layer.mlp, spec.MLP) else self._sparse(layer.mlp)
+        feed: _Dense | _Sparse
+        if isinstance(layer.mlp, spec.MLP):
+            feed = self._dense(layer.mlp)
+            feed.down = self._summed(feed.down)
+        else:
+            feed = self._sparse(layer.mlp)
         # A mixture and its router read rows as they are.
         up = [feed.up] if isinstance(feed, _Dense) else []
         readers = [qkv]
@@ -88,11 +113,14 @@ class Decoder:
             mlp_in=self._normalize(layer.mlp_in, up),
             mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
             qkv=qkv,
-            out=make([attention.out.weight], [attention.out.bias], None),
+            out=self._summed(make([attention.out.weight], [attention.out.bias], None)),
             feed=feed,
         )
         _drop(*attention.qkv, attention.out)
         return block
+
+    def _summed(self, product: Sum) -> Sum:
+        return product if self._spread is None else self._spread.summed(product)
 
     def _dense(self, mlp: spec.MLP) -> _Dense:
         make = self._kernels.make_linear
@@ -218,7 +246,8 @@ class Decoder:
     def _feed(self, block: _Block, normed: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         feed = block.feed
         if isinstance(feed, _Sparse):
-            return self._add(partial(self._mix, feed, slots=slots), normed, x, block.mlp_out)
+            mix = self._summed(partial(self._mix, feed, slots=slots))
+            return self._add(mix, normed, x, block.mlp_out)
         return self._add(feed.down, self._raise(feed, normed), x, block.mlp_out)
 
     def _raise(self, dense: _Dense, normed: Tensor) -> Tensor:
@@ -242,7 +271,7 @@ class Decoder:
 
     def _add(
         self,
-        product: Callable[[Tensor, Tensor | None], Tensor],
+        product: Sum,
         hidden: Tensor,
         x: Tensor,
         norm: Normalize | None,

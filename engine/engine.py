@@ -15,19 +15,25 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.forward import build_forward
 from tokenmill.engine.grammar import GrammarCompiler, GrammarError, Matcher
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import Add, Delta, FinishReason, PromptLogprobs, Ready, Stats
 from tokenmill.engine.model_runner import Draw, ModelRunner, Result, Run
 from tokenmill.engine.ngram_proposer import MATCH, Proposer
+from tokenmill.engine.rank_link import RanksLost
 from tokenmill.engine.request import Sequence, Status, make_sequences
 from tokenmill.engine.sampling_params import random_seed
 from tokenmill.engine.scheduler import Chunk, Scheduler, Step
+
+if TYPE_CHECKING:
+    from tokenmill.engine.team import Team
 
 logger = logging.getLogger("tokenmill.engine")
 CPU_BATCH_TOKENS = 512
@@ -39,6 +45,13 @@ MOST_IDLE_STEPS = 1000
 NO_LOGITS = "the model produced no finite logits"
 COMPILE_SECONDS = 10.0
 GPU_DRAFT_ROWS = 64
+
+
+def _start_team(config: EngineConfig) -> Team:
+    """Only a model of several ranks has to do with torch.distributed."""
+    from tokenmill.engine.team import Team
+
+    return Team(config)
 
 
 class InvalidRequest(ValueError):
@@ -57,12 +70,18 @@ class Engine:
     ) -> None:
         """Load the model, or take over a loaded one, and allocate its cache; raises `loader.LoadError`, one line."""
         began = time.perf_counter()
-        self.config = config
-        self.model: LoadedModel = load(config, progress) if model is None else model
-        on_gpu = self.model.device.type == "cuda"
-        self._gpu = self.model.device if on_gpu else None
-        self._select_device()
-        self.runner = ModelRunner(self.model, config)
+        self._team = None if config.tensor_parallel == 1 else _start_team(config)
+        self.config = config = config if self._team is None else self._team.config
+        try:
+            self.model: LoadedModel = load(config, progress) if model is None else model
+            on_gpu = self.model.device.type == "cuda"
+            self._gpu = self.model.device if on_gpu else None
+            self._select_device()
+            build = build_forward if self._team is None else self._team.build_forward
+            self.runner = ModelRunner(self.model, config, build)
+        except BaseException:
+            self.close()
+            raise
         self.overlap = on_gpu if config.overlap is None else config.overlap
         forward = self.runner.forward
         logger.info("%s: %s; %s", config.source, self.model.description, forward.name)
@@ -97,6 +116,11 @@ class Engine:
         self.idle_work = True
         """Whether an idle moment is of use (`work_idly`)."""
         self.load_seconds = time.perf_counter() - began
+
+    def close(self) -> None:
+        """End the processes of other ranks, where there are any; the engine can't step afterwards."""
+        if self._team is not None:
+            self._team.close()
 
     def _select_device(self) -> None:
         """Events, streams and Triton's launches go to the thread's current device, which need not be the model's."""
@@ -383,7 +407,7 @@ class Engine:
 
     def _recover(self, error: Exception, steps: list[Step]) -> None:
         """Undo the steps under way; fail a sequence that raised alone, try the others one by one."""
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError | RanksLost):
             raise error
         logger.error("a step failed", exc_info=error)
         alone = self.scheduler.suspects[0] if self.scheduler.suspects else None

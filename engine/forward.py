@@ -76,26 +76,34 @@ class PagedForward:
     splits_prompts = True
 
     def __init__(self, model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> None:
-        assert model.module is not None
-        layers = attention.probe_layers(model.module)
         dtype = _cache_dtype(model, config, kernels)
         self._kernels = kernels
-        self._layers = layers
         self._block_size = config.block_size or kernels.block_size(dtype)
-        self._logits, self.name = self._build(model, config, layers)
+        self._logits, self.name, layers = self._build(model, config)
+        self._layers = layers
         self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, self._block_size, dtype, model.device)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
         del self._cache
-        num_blocks = kv_cache.count_blocks(
-            config, layers, dtype, model.device, model.max_context, self._block_size, activations
-        )
-        token_bytes = kv_cache.block_bytes(layers, 1, dtype)
+        num_blocks = self._count_blocks(model, config, dtype, activations)
+        token_bytes = kv_cache.block_bytes(layers, 1, dtype) * config.tensor_parallel
         block_bytes = token_bytes * self._block_size
         history = kv_cache.history(config, model.device, block_bytes, model.size.weight_bytes)
         self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history)
         self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
         self._touches = self._cache.touches()
-        if isinstance(self._logits, Decoder) and isinstance(kernels, TracingKernels):
+        self._speed_up(dtype)
+
+    def _count_blocks(
+        self, model: LoadedModel, config: EngineConfig, dtype: torch.dtype, activations: int
+    ) -> int:
+        """How many blocks the cache has; raises MemoryError where there is no room for one."""
+        return kv_cache.count_blocks(
+            config, self._layers, dtype, model.device, model.max_context, self._block_size, activations
+        )
+
+    def _speed_up(self, dtype: torch.dtype) -> None:
+        """Make a step one call, where the decoder can be recorded."""
+        if isinstance(self._logits, Decoder) and isinstance(self._kernels, TracingKernels):
             self._logits = cpu_tape.record(self._logits, self._cache.caches, dtype) or self._logits
 
     @torch.inference_mode()
@@ -128,21 +136,21 @@ class PagedForward:
         metadata = self._metadata(zeros, table, lengths, starts, sum(count == 1 for count in counts))
         self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
 
-    def _build(
-        self, model: LoadedModel, config: EngineConfig, layers: list[LayerSpec]
-    ) -> tuple[ModelLogits, str]:
+    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[LayerSpec]]:
+        """What computes logits, what it is called, and what each of its layers keeps."""
         form, module = model.verdict.decoder, model.module
         assert module is not None
+        layers = attention.probe_layers(module)
         if form is not None and config.fused_decoder:
             described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
             gguf.put_blocks(described, module, model.blocks)
             model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()
-            return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels"
+            return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels", layers
         _require_full_weights(model, config)
         if model.verdict.fusible:
             fusion.fuse_siblings(module)
-        return _OwnCode(module), f"its own code, {self._kernels.name} kernels"
+        return _OwnCode(module), f"its own code, {self._kernels.name} kernels", layers
 
     def _metadata(
         self, slots: Tensor, table: Tensor, seq_lens: Tensor, query_start: Tensor, decodes: int

@@ -134,6 +134,7 @@ class Host:
         engine = self._load(start)
         if engine is not None:
             self._serve(engine)
+            engine.close()
         self._outbox.close()
         self._writer.join(timeout=5)
         return 0

@@ -75,6 +75,8 @@ class StepInputs:
     constrained: bool  # whether some sampler follows a grammar
     plain: bool = False  # whether nothing but temperatures tells how the samplers draw
     bucket: int = 0  # rows of the captured graph that runs this step; 0: none does
+    host: tuple[NDArray[Any], ...] = ()
+    """Of an uncaptured step: `input_ids` to `logits_index` on the host, for other ranks (rank_link.py)."""
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ class Repeated:
     slots: list[int]
     rows: NDArray[np.int64]
     lines: NDArray[np.int64]  # 0, 1, … R - 1
+    starts: NDArray[np.int32]  # 0, 1, … R
     table: NDArray[np.int32]
     plain: bool
     tensors: list[Tensor]  # the table, query starts, logits rows, no targets, slots, five settings
@@ -184,7 +187,7 @@ class InputBatch:
             ids, positions, slots, table, (starts + counts).astype(np.int32), query_start.astype(np.int32),
             np.concatenate([scored_rows, last]), targets, rows, *self._settings(rows, generated),
         ]  # fmt: skip
-        put = self.staging.put([*arrays, *carried, *_pairs(step.copies)])
+        put = self.staging.put([*arrays, *carried, *block_pairs(step.copies)])
         common, extra = put[: len(arrays)], put[len(arrays) :]
         return StepInputs(
             input_ids=common[0],
@@ -205,6 +208,7 @@ class InputBatch:
             settings=(common[9], common[10], common[11], common[12], common[13], common[14]),
             copies=(extra[-2], extra[-1]) if step.copies else None,
             constrained=any(row.sequence.matcher is not None for row in samplers),
+            host=tuple(arrays[:7]),
         )
 
     def _prepare_repeated(self, step: Step) -> StepInputs | None:
@@ -226,15 +230,9 @@ class InputBatch:
         positions = np.array([chunk.start for chunk in chunks], np.int64)
         blocks = same.table[same.lines, positions // self.block_size].astype(np.int64)
         generated = np.array([row.generated for row in samplers], np.int64)
-        put = self.staging.put(
-            [
-                np.array(tokens, np.int64),
-                positions,
-                blocks * self.block_size + positions % self.block_size,
-                (positions + 1).astype(np.int32),
-                generated,
-            ]
-        )
+        ids, slots = np.array(tokens, np.int64), blocks * self.block_size + positions % self.block_size
+        lengths = (positions + 1).astype(np.int32)
+        put = self.staging.put([ids, positions, slots, lengths, generated])
         table, query_start, logits_index, targets, lines, *settings = same.tensors
         return StepInputs(
             input_ids=put[0],
@@ -256,6 +254,7 @@ class InputBatch:
             copies=None,
             constrained=any(row.sequence.matcher is not None for row in samplers),
             plain=same.plain,
+            host=(ids, positions, slots, same.table, lengths, same.starts, same.lines),
         )
 
     def _same_rows(self, chunks: list[Chunk]) -> Repeated:
@@ -270,7 +269,7 @@ class InputBatch:
         settings = self._settings(rows, lines)[:-1]
         arrays: list[NDArray[Any]] = [table, starts, lines, lines[:0], rows, *settings]
         self._repeated = same = Repeated(
-            self.version, slots, rows, lines, table, not bool(special.any()), self.staging.put(arrays)
+            self.version, slots, rows, lines, starts, table, not bool(special.any()), self.staging.put(arrays)
         )
         return same
 
@@ -378,6 +377,6 @@ class InputBatch:
         return parts, np.array(rows, np.int64), np.array(targets, np.int64)
 
 
-def _pairs(copies: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
+def block_pairs(copies: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
     """Sources and targets of block copies."""
     return list(np.array(copies, np.int64).T.copy()) if copies else []

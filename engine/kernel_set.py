@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.block_weight import Weight, join, join_biases
-from tokenmill.engine.config import Quantization
+from tokenmill.engine.config import EngineConfig, Quantization
+from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu, reference
 
 if TYPE_CHECKING:
@@ -333,6 +334,21 @@ def select_kernels(
 
             return TracingKernels(quantization)
     return ReferenceKernels()
+
+
+def configured_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
+    """The kernels for `config`, with the threads that it gives them; raises LoadError where they can't do it."""
+    if config.threads is not None:
+        use_threads(config.threads)
+    kernels = select_kernels(
+        device, dtype, deterministic=config.deterministic is True, quantization=config.quantization
+    )
+    if config.quantization is not None and config.quantization not in kernels.quantizations:
+        raise LoadError(
+            f"{config.source}: the {kernels.name} kernels, which run here, have no quantization "
+            f"{config.quantization}; leave it out"
+        )
+    return kernels
 
 
 def use_threads(count: int) -> None:

@@ -63,7 +63,8 @@ def count_blocks(
 ) -> int:
     """How many blocks to allocate: as configured, else what the memory holds, never more than is of use.
 
-    `activations` bytes of a GPU's free memory are left for the largest step.
+    `activations` bytes of a GPU's free memory are left for the largest step. Of `kv_cache.gib` each rank takes its
+    part.
     """
     if config.num_blocks is not None:
         return config.num_blocks
@@ -73,7 +74,7 @@ def count_blocks(
         free, _ = torch.cuda.mem_get_info(device)
         available = free * config.kv_cache.memory_share - activations
     else:
-        available = (CPU_GIB if gib is None else gib) * 2**30
+        available = (CPU_GIB if gib is None else gib) * 2**30 / config.tensor_parallel
     useful = config.max_batch * -(-max_context // block_size)
     blocks = min(int(available // per_block), useful)
     if blocks < 1:

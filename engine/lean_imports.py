@@ -9,8 +9,8 @@ tensors and optimisers that only decorators and unused code paths mention:
 
 transformers itself runs where scipy or torch.distributed are missing, so it is told that they are; dynamo's
 decorators stand in as ones that do nothing. What remains takes 0.9 s. The process keeps that view of its
-machine for good, so this is for a process of the engine's own, never for a user's, and not for tensor
-parallelism or torch.compile.
+machine for good, so this is for a process of the engine's own, never for a user's, and not for
+transformers' own tensor parallelism or torch.compile.
 """
 
 from __future__ import annotations

@@ -103,6 +103,10 @@ class LLM:
             raise
         return [pending.finished() for pending in work.values()]
 
+    def close(self) -> None:
+        """End the processes of a model with `tensor_parallel`; otherwise there is nothing to end."""
+        self.engine.close()
+
     def _ids(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
 

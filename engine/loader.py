@@ -67,6 +67,8 @@ class LoadedModel:
     """Which ways of running it are right."""
     blocks: dict[str, BlockWeight] = field(default_factory=dict)
     """Parameters whose values stay in a GGUF file's blocks; in the module zeros stand for them."""
+    copied: bool = False
+    """On a CPU: whether the weights take memory of their own, because they were converted as they were read."""
 
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -89,14 +91,16 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     device = pick_device(config.device)
     _refuse_quantization(config.quantization, checkpoint, device)
     dtype, note = _pick_dtype(config.dtype, checkpoint, device)
-    opened = _open(config.quantization, checkpoint, device, dtype, progress)
+    # Of several ranks each takes its part out of the mapped files, and only that to its device.
+    whole_on = device if config.tensor_parallel == 1 else torch.device("cpu")
+    opened = _open(config.quantization, checkpoint, whole_on, dtype, progress)
     module, text_config = opened.module, opened.module.config.get_text_config(decoder=True)
     max_context = _max_context(config.max_context, text_config)
     pin_rope(module, max_context)
     width = _logits_width(module, text_config)
     parameters = sum(x.numel() for x in module.parameters())
     held = module.state_dict(keep_vars=True) | {name: x.blocks for name, x in opened.blocks.items()}
-    fingerprint = fingerprint_of(held, _settings(text_config), config.quantization)
+    fingerprint = fingerprint_of(held, _settings(text_config), config.quantization, config.tensor_parallel)
     # No batch of ours is padded, but some types look for padding in every forward, waiting for the device.
     # (Past the attribute's own check: strict configs take no None for it.)
     vars(module.config)["pad_token_id"] = None
@@ -110,13 +114,22 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         eos_ids=tuple(x for x in opened.tokenizer.eos_ids if x < width),
         logits_width=width,
         fingerprint=fingerprint,
-        description=_describe(text_config.model_type, parameters, dtype, device, note, config.quantization),
+        description=_describe(
+            text_config.model_type, parameters, dtype, _place(config, device), note, config.quantization
+        ),
         model_type=text_config.model_type,
         parameters=parameters,
         size=size_of(module, text_config, config.quantization, opened.blocks),
         verdict=opened.verdict,
         blocks=opened.blocks,
+        copied=_is_copied(module, checkpoint, dtype),
     )
+
+
+def _is_copied(module: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether transformers had to convert what it read: to another dtype, or to experts in one tensor."""
+    stored = STORED.get(checkpoint.stored_dtype or "")
+    return stored is not dtype or any(".experts." in name for name, _ in module.named_parameters())
 
 
 def _refuse_quantization(wanted: Quantization | None, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -313,11 +326,19 @@ def _settings(text_config: PreTrainedConfig) -> str:
     return json.dumps({k: fields[k] for k in sorted(fields) if k not in guards.NAMES}, default=str)
 
 
+def _place(config: EngineConfig, device: torch.device) -> str:
+    """Where the model is, for people."""
+    size = config.tensor_parallel
+    if size == 1:
+        return str(device)
+    return f"{size} GPUs" if device.type == "cuda" else f"{size} processes of the CPU"
+
+
 def _describe(
     model_type: str,
     parameters: int,
     dtype: torch.dtype,
-    device: torch.device,
+    place: str,
     note: str,
     quantization: Quantization | None,
 ) -> str:
@@ -325,4 +346,4 @@ def _describe(
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
     special = {None: "", "fp8_dynamic": ", fp8 weights and activations"}
     held = special.get(quantization, f", {quantization} weights")
-    return f"{model_type}, {size} parameters, {name} on {device}{held}"
+    return f"{model_type}, {size} parameters, {name} on {place}{held}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
-from tokenmill.engine.kernel_set import select_kernels, use_threads
-from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.kernel_set import ReferenceKernels, configured_kernels
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
@@ -31,6 +31,7 @@ from tokenmill.engine.sampler import Sampled, Sampler
 from tokenmill.engine.scheduler import Step
 from tokenmill.engine.staging import Fetched
 
+BuildForward = Callable[[LoadedModel, EngineConfig, ReferenceKernels], Forward]
 SCORE_BYTES = 1 << 28
 """Float32 logits of scored prompt positions held at once."""
 
@@ -68,25 +69,13 @@ class Result:
 class ModelRunner:
     """Owns the model's forward pass and the persistent rows."""
 
-    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, model: LoadedModel, config: EngineConfig, build: BuildForward = build_forward) -> None:
         self.model = model
         self.device = model.device
-        if config.threads is not None:
-            use_threads(config.threads)
-        self.kernels = select_kernels(
-            model.device,
-            model.dtype,
-            deterministic=config.deterministic is True,
-            quantization=config.quantization,
-        )
-        if config.quantization is not None and config.quantization not in self.kernels.quantizations:
-            raise LoadError(
-                f"{config.source}: the {self.kernels.name} kernels, which run here, have no quantization "
-                f"{config.quantization}; leave it out"
-            )
+        self.kernels = configured_kernels(config, model.device, model.dtype)
         self.phases: dict[str, float] = defaultdict(float)
         self.kernels.reserve(config.max_batch, model.logits_width)
-        self.forward: Forward = build_forward(model, config, self.kernels)
+        self.forward: Forward = build(model, config, self.kernels)
         self.max_context = min(model.max_context, self.forward.capacity.tokens)
         block_size = self.forward.capacity.block_size
         blocks = -(-self.max_context // block_size)

@@ -19,7 +19,7 @@ import msgspec
 
 from tokenmill.engine.config import DType, Quantization
 from tokenmill.server.auth import read_keys
-from tokenmill.server.config import BUILT_IN, Config, Entry
+from tokenmill.server.config import BUILT_IN, MOST_RANKS, Config, Entry
 from tokenmill.server.config_file import ConfigError, load_config
 from tokenmill.server.console import Console
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--quantization", choices=get_args(Quantization), help="how weights are held, for all models"
+    )
+    serve.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="GPUs that share each matrix, for all models"
     )
     commands.add_parser("tiny", help="write a small random checkpoint, for tests", add_help=False)
     commands.add_parser("bench", help="measure throughput and latency", add_help=False)
@@ -144,7 +147,14 @@ def make_config(options: argparse.Namespace) -> Config:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
             raise StartError(f"--name must be vendor/model_name, not {name!r}")
         config = msgspec.structs.replace(config, models={name: Entry(source=options.model)})
-    given = {"device": options.device, "dtype": options.dtype, "quantization": options.quantization}
+    if options.tensor_parallel is not None and not 1 <= options.tensor_parallel <= MOST_RANKS:
+        raise StartError(f"--tensor-parallel must be from 1 to {MOST_RANKS}, not {options.tensor_parallel}")
+    given = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "quantization": options.quantization,
+        "tensor_parallel": options.tensor_parallel,
+    }
     given = {key: value for key, value in given.items() if value is not None}
     models = {name: msgspec.structs.replace(entry, **given) for name, entry in config.models.items()}
     address = {"host": options.host, "port": options.port}

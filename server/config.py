@@ -12,6 +12,8 @@ from tokenmill.engine.sampling_params import MAX_CANDIDATES, MAX_TOP_LOGPROBS
 
 Seconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+MOST_RANKS = 64
+Ranks = Annotated[int, Meta(ge=1, le=MOST_RANKS)]
 MaxStop = Annotated[int, Meta(ge=0, le=64)]
 MaxLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 MaxCandidates = Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)]
@@ -137,7 +139,8 @@ class Entry(Section, frozen=True, kw_only=True):
     revision: str | None = None
     dtype: DType | None = None
     device: str | None = None
-    tensor_parallel: Count = 1
+    tensor_parallel: Ranks = 1
+    """GPUs of this machine, or processes of its CPU, that share each matrix."""
     quantization: Quantization | None = None
     max_context: Count | None = None
     kv_cache: KVCacheConfig = KVCacheConfig()
@@ -186,6 +189,7 @@ def engine_config(entry: Entry, defaults: Defaults, quantization: Quantization |
         revision=entry.revision,
         dtype=entry.dtype or defaults.dtype,
         device=entry.device or defaults.device,
+        tensor_parallel=entry.tensor_parallel,
         quantization=quantization or entry.quantization,
         max_context=entry.max_context,
         kv_cache=entry.kv_cache,

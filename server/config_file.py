@@ -173,6 +173,7 @@ def _check_entries(config: Config, root: yaml.Node) -> None:
         _check_new(names, [name], _node(root, *path))
         _check_new(names, entry.aliases, _node(root, *path, "aliases"))
         _check_entry(entry, root, path)
+        _check_ranks(entry, config, root, path)
         for part, deployment in entry.deployments.items():
             below = (*path, "deployments", part)
             if not _PART.fullmatch(part):
@@ -192,10 +193,8 @@ def _check_new(names: set[str], added: list[str], node: yaml.Node) -> None:
 
 
 def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
-    not_there = {"tensor_parallel": entry.tensor_parallel != 1, "speech": entry.speech is not None}
-    for key, given in not_there.items():
-        if given:
-            raise ConfigError(f"{key} can't be set in this version", _node(root, *path, key).start_mark)
+    if entry.speech is not None:
+        raise ConfigError("speech can't be set in this version", _node(root, *path, "speech").start_mark)
     cache = entry.kv_cache
     if not 0 < cache.memory_share <= 1:
         raise ConfigError(
@@ -204,6 +203,26 @@ def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
     if cache.gib is not None and cache.gib <= 0:
         raise ConfigError("gib must be above 0", _node(root, *path, "kv_cache").start_mark)
     _check_variant(entry, root, path)
+
+
+def _check_ranks(entry: Entry, config: Config, root: yaml.Node, path: tuple[str, ...]) -> None:
+    """What can't be shared by several ranks, as far as the file shows it."""
+    size, device = entry.tensor_parallel, entry.device or config.defaults.device
+    if size == 1:
+        return
+    mark = _node(root, *path, "tensor_parallel").start_mark
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"tensor_parallel {size} takes the first {size} GPUs: device is cuda, not {device!r}", mark
+        )
+    if entry.quantization == "gguf":
+        raise ConfigError(
+            "tensor_parallel doesn't go with quantization gguf, whose blocks can't be cut", mark
+        )
+    if entry.deterministic is True and size > 2:
+        raise ConfigError(
+            "deterministic needs a tensor_parallel of at most 2: longer sums have no fixed order", mark
+        )
 
 
 def _check_variant(variant: Entry | Deployment, root: yaml.Node, path: tuple[str, ...]) -> None:

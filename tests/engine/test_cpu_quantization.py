@@ -88,7 +88,7 @@ def quantized(
 def unpacked(model_type: str, quantization: Quantization, monkeypatch: pytest.MonkeyPatch) -> LLM:
     kernels = UnpackedKernels(quantization)
     with monkeypatch.context() as patched:
-        patched.setattr("tokenmill.engine.model_runner.select_kernels", lambda *_, **__: kernels)
+        patched.setattr("tokenmill.engine.kernel_set.select_kernels", lambda *_, **__: kernels)
         return quantized(model_type, quantization)
 
 

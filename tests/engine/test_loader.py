@@ -327,3 +327,11 @@ def resolve_gguf() -> Path:
     file = loader.resolve(SMOLLM2).gguf_file
     assert file is not None
     return file
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "copied"),
+    [("llama", "float32", False), ("llama", "bfloat16", True), ("qwen3_moe", "float32", True)],
+)
+def test_it_is_known_whether_weights_are_views_of_the_file(model_type: str, dtype: str, copied: bool) -> None:
+    assert load(tiny(model_type), dtype=dtype).copied == copied

@@ -293,7 +293,7 @@ def test_address_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def options(**given: object) -> Namespace:
-    names = ("config", "host", "port", "model", "name", "device", "dtype", "quantization")
+    names = ("config", "host", "port", "model", "name", "device", "dtype", "quantization", "tensor_parallel")
     return Namespace(**{**dict.fromkeys(names), **given})
 
 
@@ -303,10 +303,12 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(built_in.models) == ["huggingfacetb/smollm2-135m-instruct"]
     (tmp_path / "models.yaml").write_text(CONFIG)
     assert list(make_config(options()).models) == ["toy/echo"]
-    changed = make_config(options(host="0.0.0.0", port=9, device="cpu", dtype="float32", quantization="int4"))
+    changed = make_config(
+        options(host="0.0.0.0", port=9, device="cpu", dtype="float32", quantization="int4", tensor_parallel=2)
+    )
     assert (changed.server.host, changed.server.port) == ("0.0.0.0", 9)
     assert {(entry.device, entry.dtype) for entry in changed.models.values()} == {("cpu", "float32")}
-    assert {entry.quantization for entry in changed.models.values()} == {"int4"}
+    assert {(x.quantization, x.tensor_parallel) for x in changed.models.values()} == {("int4", 2)}
     for source, name in (
         ("Qwen/Qwen3-0.6B", "qwen/qwen3-0.6b"),
         ("./My Model.gguf", "local/my-model"),
@@ -316,7 +318,8 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert model == name
     (model,) = make_config(options(model="x", name="a/b")).models
     assert model == "a/b"
-    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}):
+    ranks = ({"tensor_parallel": 0}, {"tensor_parallel": 65})
+    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}, *ranks):
         with pytest.raises(StartError):
             make_config(options(**wrong))
 

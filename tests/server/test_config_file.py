@@ -22,7 +22,7 @@ models:
     source: some/where
     revision: main
     dtype: bfloat16
-    tensor_parallel: 1
+    tensor_parallel: 2
     quantization: null
     max_context: 128
     kv_cache: {memory_share: 0.5, gib: 1, dtype: auto, prefix_cache: false}
@@ -138,6 +138,12 @@ def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
     assert engine_config(entry, config.defaults).quantization == "int8"
 
 
+def test_the_engine_is_told_how_many_ranks_there_are() -> None:
+    config = parse_config("models: {a/b: {source: x, tensor_parallel: 4}, c/d: {source: x}}")
+    ranks = [engine_config(entry, config.defaults).tensor_parallel for entry in config.models.values()]
+    assert ranks == [4, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "where", "what"),
     [
@@ -187,7 +193,16 @@ def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
         ("models:\n  ab: {source: x}\n", "2:7", "vendor/model_name"),
         ("models:\n  a/b: {source: x, deployments: {'c/d': {}}}\n", "2:41", "deployment's name"),
         ("models:\n  a/b: {source: x, deployments: {c: {dtype: auto}}}\n", "2:38", "no key 'dtype'"),
-        ("models:\n  a/b: {source: x, tensor_parallel: 2}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, tensor_parallel: 0}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, tensor_parallel: 65}\n", "2:37", "tensor_parallel"),
+        ("models:\n  a/b: {source: x, device: 'cuda:1', tensor_parallel: 2}\n", "2:55", "device is cuda"),
+        (
+            "defaults: {device: 'cuda:0'}\nmodels:\n  a/b: {source: x, tensor_parallel: 2}\n",
+            "3:37",
+            "device is cuda",
+        ),
+        ("models:\n  a/b: {source: x, quantization: gguf, tensor_parallel: 2}\n", "2:57", "gguf"),
+        ("models:\n  a/b: {source: x, deterministic: true, tensor_parallel: 4}\n", "2:58", "deterministic"),
         ("models:\n  a/b: {source: x, speech: y/z}\n", "2:28", "speech"),
         ("models:\n  a/b: {source: x, fim: {prefix: a}}\n", "2:25", "needs the key 'suffix'"),
         (
