@@ -39,7 +39,7 @@ class Utterances:
         return done
 
     def _cut(self, last: bool) -> list[str]:
-        done = []
+        done: list[str] = []
         while True:
             self._rest = self._rest.lstrip()
             end = self._end(last)

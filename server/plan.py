@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.config import EngineConfig, SpeechConfig
+from tokenmill.engine.messages import Start
 from tokenmill.server.config import (
     Config,
     Deployment,
@@ -120,7 +121,7 @@ def _template(file: str | None) -> str | None:
 def spawn_preloaded(plan: Plan, command: Sequence[str] = ENGINE_COMMAND) -> dict[str, EngineProcess]:
     """Start the engine processes of all models that are to be loaded at once. Raises `OSError`."""
     return {
-        name: EngineProcess.spawn(config, command)
+        name: EngineProcess.spawn(Start(config), command)
         for name, config in plan.engines.items()
         if plan.entries[name].load == "preload"
     }

@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tokenmill.server.config import Config
+from tokenmill.server.config import Config, Entry
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, bad_request, draining, shorten
 from tokenmill.server.metrics import Snapshot
-from tokenmill.server.model import Model, Progress, Status
+from tokenmill.server.model import Model, Progress
+from tokenmill.server.supervised import Rules, Status
 from tokenmill.server.plan import Variant, make_plan
 
 logger = logging.getLogger(__name__)
@@ -33,16 +34,11 @@ class Registry:
         self.created = int(time.time())
         self.draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        idle = config.defaults.idle_unload_s
         self._models = {
             name: Model(
                 name,
                 engine,
-                lazy=self.plan.entries[name].load == "lazy",
-                idle_unload_s=_or(self.plan.entries[name].idle_unload_s, idle),
-                watchdog_s=config.server.watchdog_s,
-                load_wait_s=config.server.load_wait_s,
-                max_queue=config.server.max_queue,
+                _rules(self.plan.entries[name], config),
                 command=command,
                 process=(processes or {}).get(name),
                 progress=progress,
@@ -128,8 +124,16 @@ class Registry:
         return sum(model.queued + model.started for model in self)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _rules(entry: Entry, config: Config) -> Rules:
+    """How an entry's processes are kept."""
+    idle = entry.idle_unload_s
+    return Rules(
+        lazy=entry.load == "lazy",
+        idle_unload_s=config.defaults.idle_unload_s if idle is None else idle,
+        watchdog_s=config.server.watchdog_s,
+        load_wait_s=config.server.load_wait_s,
+        max_queue=config.server.max_queue,
+    )
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
