@@ -85,7 +85,9 @@ def _model_type(checkpoint: Checkpoint) -> str:
         raise LoadError(f"speech comes from a folder or a Hub id, not from a GGUF file (types: {known})")
     model_type = read_config(checkpoint.folder).model_type
     if model_type not in LOADERS:
-        raise LoadError(f"a {model_type} can't be spoken with here; speech checkpoints are of the type {known}")
+        raise LoadError(
+            f"a {model_type} can't be spoken with here; speech checkpoints are of the type {known}"
+        )
     return model_type
 
 
@@ -93,7 +95,9 @@ def _names(voices: list[str], further: dict[str, str]) -> dict[str, str]:
     """Voices by name: the given names first, then the checkpoint's own."""
     for name, voice in further.items():
         if voice not in voices:
-            raise LoadError(f"voices: {name} stands for the voice {voice}, which isn't among {listed(voices)}")
+            raise LoadError(
+                f"voices: {name} stands for the voice {voice}, which isn't among {listed(voices)}"
+            )
     return {**further, **{voice: voice for voice in voices if voice not in further}}
 
 

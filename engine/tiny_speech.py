@@ -20,7 +20,13 @@ UPSAMPLING = (8, 8)
 
 
 def make_tiny_vits(
-    folder: Path | str, *, layers: int = 1, hidden: int = 16, seed: int = 0, speakers: int = 1, **overrides: Any
+    folder: Path | str,
+    *,
+    layers: int = 1,
+    hidden: int = 16,
+    seed: int = 0,
+    speakers: int = 1,
+    **overrides: Any,
 ) -> Path:
     """Write a random VITS checkpoint of `speakers` voices into `folder` and return it; raises LoadError.
 
@@ -35,7 +41,9 @@ def make_tiny_vits(
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = VitsModel(VitsConfig(**_fields(layers, hidden, speakers, len(vocabulary)) | overrides))
+            model: Any = VitsModel(
+                VitsConfig(**_fields(layers, hidden, speakers, len(vocabulary)) | overrides)
+            )
             model.save_pretrained(folder)
             make: Any = VitsTokenizer
             make(folder / "vocab.json", phonemize=False, unk_token="<pad>").save_pretrained(folder)

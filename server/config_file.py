@@ -192,10 +192,11 @@ def _check_new(names: set[str], added: list[str], node: yaml.Node) -> None:
 
 
 def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
-    not_there = {"tensor_parallel": entry.tensor_parallel != 1, "speech": entry.speech is not None}
-    for key, given in not_there.items():
-        if given:
-            raise ConfigError(f"{key} can't be set in this version", _node(root, *path, key).start_mark)
+    if entry.tensor_parallel != 1:
+        node = _node(root, *path, "tensor_parallel")
+        raise ConfigError("tensor_parallel can't be set in this version", node.start_mark)
+    if entry.speech == "":
+        raise ConfigError("speech must name a Hub id or a folder", _node(root, *path, "speech").start_mark)
     cache = entry.kv_cache
     if not 0 < cache.memory_share <= 1:
         raise ConfigError(

@@ -11,6 +11,7 @@ from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.metrics import ModelMetrics
 from tokenmill.server.supervised import Rules, Supervised
+from tokenmill.server.voice import Voice
 
 Progress = Callable[[str, Loading | Ready | LoadFailed], None]
 
@@ -27,9 +28,12 @@ class Model(Supervised[EngineClient, Engine]):
         command: Sequence[str] = ENGINE_COMMAND,
         process: EngineProcess | None = None,
         progress: Progress | None = None,
+        voice: Voice | None = None,
     ) -> None:
         super().__init__(name, rules, config.max_batch, process)
         self.config = config
+        self.voice = voice
+        """What speaks its answers, if anything does."""
         self.stats: Stats | None = None
         self.metrics = ModelMetrics()
         self._command = command

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from tokenmill.server.config import Config, Entry
-from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
+from tokenmill.server.engine_process import ENGINE_COMMAND, SPEECH_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, bad_request, draining, shorten
 from tokenmill.server.metrics import Snapshot
 from tokenmill.server.model import Model, Progress
-from tokenmill.server.supervised import Rules, Status
 from tokenmill.server.plan import Variant, make_plan
+from tokenmill.server.supervised import Rules, Status
+from tokenmill.server.voice import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Registry:
         config: Config,
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        speech_command: Sequence[str] = SPEECH_COMMAND,
         processes: Mapping[str, EngineProcess] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -34,6 +36,10 @@ class Registry:
         self.created = int(time.time())
         self.draining = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._voices = {
+            name: Voice(name, speech, _rules(self.plan.entries[name], config), speech_command)
+            for name, speech in self.plan.voices.items()
+        }
         self._models = {
             name: Model(
                 name,
@@ -42,19 +48,21 @@ class Registry:
                 command=command,
                 process=(processes or {}).get(name),
                 progress=progress,
+                voice=self._voices.get(self.plan.entry_names[name]),
             )
             for name, engine in self.plan.engines.items()
         }
 
     def start(self) -> None:
-        """Begin to supervise every model."""
-        for model in self._models.values():
-            task = asyncio.get_running_loop().create_task(model.supervise(), name=f"supervise {model.name}")
+        """Begin to supervise every model and voice."""
+        kept: Model | Voice
+        for kept in (*self._models.values(), *self._voices.values()):
+            task = asyncio.get_running_loop().create_task(kept.supervise(), name=f"supervise {kept.name}")
             task.add_done_callback(_log_failure)
             self._tasks.append(task)
 
     async def stop(self) -> None:
-        """End every engine process at once."""
+        """End every process at once."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -106,12 +114,14 @@ class Registry:
         }
         if model.reason is not None:
             row["reason"] = model.reason
+        if model.voice is not None:
+            row["speech"] = model.voice.describe()
         return row
 
     def health(self) -> tuple[bool, dict[str, Status]]:
         """Whether at least one model serves, and the status of each."""
         serves = not self.draining and any(model.serves for model in self)
-        return serves, {model.name: model.status for model in self}
+        return serves, {kept.name: kept.status for kept in (*self, *self._voices.values())}
 
     def snapshots(self) -> Iterator[Snapshot]:
         """What `/metrics` shows."""

@@ -68,7 +68,10 @@ C = TypeVar("C", bound="Client")
 
 
 class Supervised(ABC, Generic[C, E]):
-    """Keeps one process as it should be, and lets requests in when it is: a client `C` to it, and what it loaded, `E`."""
+    """Keeps one process as it should be, and lets requests in when it is.
+
+    `C` is the client that speaks with it, `E` what it has loaded.
+    """
 
     def __init__(
         self,
@@ -313,7 +316,9 @@ class Supervised(ABC, Generic[C, E]):
             return None
         self._silent_s += TICK_S
         return (
-            f"the engine was silent for {self._silent_s:g} s" if self._silent_s >= self._rules.watchdog_s else None
+            f"the engine was silent for {self._silent_s:g} s"
+            if self._silent_s >= self._rules.watchdog_s
+            else None
         )
 
     def _unload_idle(self) -> None:
