@@ -77,7 +77,7 @@ class PastAudio(Strict):
         examples=["Paris."],
     )
     data: str | None = Field(None, description="Accepted without effect.", examples=[None])
-    expires_at: int | None = Field(None, description="Accepted without effect.", examples=[1767225600])
+    expires_at: int | None = Field(None, ge=0, description="Accepted without effect.", examples=[1767225600])
 
 
 class Message(Strict):

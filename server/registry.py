@@ -55,8 +55,8 @@ class Registry:
 
     def start(self) -> None:
         """Begin to supervise every model and voice."""
-        kept: Model | Voice
-        for kept in (*self._models.values(), *self._voices.values()):
+        supervised: list[Model | Voice] = [*self._models.values(), *self._voices.values()]
+        for kept in supervised:
             task = asyncio.get_running_loop().create_task(kept.supervise(), name=f"supervise {kept.name}")
             task.add_done_callback(_log_failure)
             self._tasks.append(task)
