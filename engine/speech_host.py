@@ -27,6 +27,8 @@ from tokenmill.engine.messages import (
 )
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from tokenmill.engine.speech_clips import Clips
 
 logger = logging.getLogger("tokenmill.engine")
@@ -40,6 +42,8 @@ class SpeechHost:
         self._outbox = Outbox()
         self._link: Link[ToSpeech] = Link(connection, to_speech_decoder, self._outbox)
         self._beaten = 0.0
+        self._hook: RemovableHandle | None = None
+        """Calls `_beat` for each module that is called."""
 
     def run(self) -> int:
         """Serve until the socket closes; returns an exit code where it couldn't begin."""
@@ -72,7 +76,7 @@ class SpeechHost:
             reason = f"{start.config.source}: {type(error).__name__}: {first_line(error)}"
             self._outbox.put(LoadFailed(reason))
             return None
-        register_module_forward_pre_hook(self._beat)
+        self._hook = register_module_forward_pre_hook(self._beat)
         self._outbox.put(loaded.ready)
         leave_alone()
         return Clips(loaded.speaker, loaded.names)
