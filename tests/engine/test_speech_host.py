@@ -39,7 +39,7 @@ class Process:
         with theirs:
             command = [sys.executable, "-m", "tokenmill.engine.speech_host", "--fd", str(theirs.fileno())]
             self.child = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        self.connection.settimeout(60)
+        self.connection.settimeout(240)
         self._stream = self.connection.makefile("rb")
         self.send(StartSpeech(SpeechConfig(source=source, device="cpu", threads=1)))
 
