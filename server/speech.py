@@ -135,7 +135,8 @@ class Speech:
     def close(self) -> None:
         """Stop what is still being spoken, and give the place back."""
         for clip in self.clips.values():
-            if not clip.ended:
+            # One that failed may have text on its way, which the process would take for a new one.
+            if not (clip.ended and clip.text_ended):
                 self._voice.client.hush(clip.number)
         self._place.release()
 

@@ -43,8 +43,8 @@ class SpeechClient(FrameClient):
 
     def hush(self, clip: int) -> None:
         """Stop a clip, and forget it."""
-        if self._sinks.pop(clip, None) is not None:
-            self._send(Hush(clip))
+        self._sinks.pop(clip, None)
+        self._send(Hush(clip))
 
     def _on_frame(self, payload: memoryview) -> None:
         message = from_speech_decoder.decode(payload)

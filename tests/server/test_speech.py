@@ -336,6 +336,12 @@ def test_an_utterance_that_fails_ends_its_request_alone(live: LiveServer) -> Non
     assert message(live, messages=says("a"))["audio"]
 
 
+def test_text_that_follows_a_failure_is_called_off(live: LiveServer) -> None:
+    before = hushed(live)
+    events(ask(live, messages=says("FAIL, and more of it"), stream=True))
+    assert hushed(live) == before + 1
+
+
 def idle(live: LiveServer) -> bool:
     """Whether no request holds a model or a voice."""
     kept = [model.voice or model for model in live.registry] + list(live.registry)
@@ -386,7 +392,7 @@ def test_a_process_that_dies_fails_its_requests_and_comes_back(
     response = ask(own, messages=says("a"))
     assert response.status_code == 200 or response.json()["error"]["code"] == "engine_down"
     assert message(own, messages=says("a"), modalities=["text"])["content"] == "a"
-    eventually(lambda: ask(own, messages=says("a")).status_code == 200)
+    eventually(lambda: ask(own, messages=says("a")).status_code == 200, 60)
     last = json.loads(events(ask(own, messages=says("CRASH"), stream=True))[-1])
     assert last["error"]["code"] == "speech_down"
 
