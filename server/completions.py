@@ -25,7 +25,7 @@ from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
 from tokenmill.server.rerank import rank_by_suffix
 from tokenmill.server.responses import send_json
-from tokenmill.server.speech import Speech, open_speech
+from tokenmill.server.speech import Speech, check_voice, open_speech
 from tokenmill.server.spoken_answer import EventWriter, SpokenEvents, spoken_whole
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class Exchange:
     async def run(self, receive: Receive, send: Send) -> None:
         """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
         check_limits(self._request, self._variant)
+        check_voice(self._request, self._variant.name, self._model.voice)
         stream = Stream(send, self._context)
         timeout_s = first_of(self._request, "inference_timeout") or self._variant.timeout_s
         try:

@@ -146,15 +146,20 @@ class Speech:
         return int(time.time())
 
 
+def check_voice(request: CompletionRequest, name: str, voice: Voice | None) -> None:
+    """Raises `ApiError` 400 where the model that has this name is to speak and can't."""
+    if request.speaks and voice is None:
+        raise bad_request(f"{name} can't speak", "modalities", "unsupported_modality")
+
+
 async def open_speech(request: CompletionRequest, name: str, voice: Voice | None) -> Speech | None:
     """What will speak the answer; None where only text is wanted. `name` is the model's.
 
     Raises `ApiError`: 400 where the model has no speech, or not this voice or format; 429; 503.
     """
-    if not request.speaks:
+    check_voice(request, name, voice)
+    if voice is None or not request.speaks:
         return None
-    if voice is None:
-        raise bad_request(f"{name} can't speak", "modalities", "unsupported_modality")
     place = voice.admit()
     try:
         loaded = await voice.acquire(place)

@@ -284,6 +284,12 @@ def test_a_model_without_speech(live: LiveServer) -> None:
     assert "can't speak" in refused(response, 400, "unsupported_modality", "modalities")
 
 
+def test_a_lazy_model_without_speech_is_not_loaded_to_say_so(start: Callable[..., LiveServer]) -> None:
+    live = start("models: {a/b: {source: 'fake:', load: lazy}}\n")
+    refused(live.complete(prompt="a", **SPOKEN), 400, "unsupported_modality", "modalities")
+    assert live.client.get("/health").json()["models"] == {"a/b": "unloaded"}
+
+
 def test_an_unknown_voice_is_answered_with_the_known_ones(live: LiveServer) -> None:
     response = ask(live, messages=says("a"), audio={"voice": "nova"})
     assert refused(response, 400, "unknown_voice", "audio").endswith(
