@@ -52,3 +52,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = False
     deterministic: Literal["auto"] | bool = "auto"
     speculation_ngram: bool = False
+
+
+class SpeechConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One speech checkpoint's process. `source` is a Hub id, a folder or `package:MODULE/FOLDER`."""
+
+    source: str
+    revision: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads; None: all cores this process may use."""
+    voices: dict[str, str] = {}
+    """Further names of the checkpoint's voices: name to voice. The first one is the default."""

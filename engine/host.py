@@ -2,42 +2,33 @@
 
     reader thread ──inbox──▶ main thread: load, then step for ever ──outbox──▶ writer thread
 
-The main thread never waits for the socket: the outbox merges deltas of the same choice while the front end is
-slow. The process ends when the socket closes, whatever it is doing, and on Linux when its parent dies. The
-front end watches `Stats`: they come at least every second from the step loop itself, so silence means a hang.
+The main thread never waits for the socket (`link.py`): the outbox merges deltas of the same choice while the
+front end is slow. The front end watches `Stats`: they come at least every second from the step loop itself, so
+silence means a hang.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import logging
-import os
-import queue
-import signal
 import socket
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
+from tokenmill.engine.link import Link, Outbox, leave, run_process
 from tokenmill.engine.messages import (
-    HEADER,
-    MAX_FRAME,
     Abort,
     Add,
     Delta,
     Drain,
-    FromEngine,
     LoadFailed,
     Loading,
     Outputs,
     Start,
     ToEngine,
-    encode_frame,
     to_engine_decoder,
 )
 
@@ -47,22 +38,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tokenmill.engine")
 STATS_INTERVAL = 0.25
 IDLE_WAIT = 1.0
-PR_SET_PDEATHSIG = 1
 
 
-class Outbox:
+class DeltaOutbox(Outbox):
     """What waits to be sent: messages in order, with the deltas of one choice merged while they wait."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._messages: list[FromEngine] = []
+        super().__init__()
         self._deltas: dict[tuple[int, int], Delta] = {}
-        self._closed = False
-
-    def put(self, message: FromEngine) -> None:
-        with self._condition:
-            self._messages.append(message)
-            self._condition.notify()
 
     def put_deltas(self, deltas: list[Delta]) -> None:
         with self._condition:
@@ -75,22 +58,15 @@ class Outbox:
                     merge(waiting, delta)
             self._condition.notify()
 
-    def close(self) -> None:
-        """Send what is there, then let the writer end."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify()
+    def _waiting(self) -> bool:
+        return bool(self._deltas) or super()._waiting()
 
-    def take(self) -> list[FromEngine]:
-        """All that waits; blocks until there is something, and returns nothing once closed and empty."""
-        with self._condition:
-            while not (self._messages or self._deltas or self._closed):
-                self._condition.wait()
-            messages, self._messages = self._messages, []
-            if self._deltas:
-                messages.append(Outputs(list(self._deltas.values())))
-                self._deltas = {}
-            return messages
+    def _taken(self) -> list[msgspec.Struct]:
+        messages = super()._taken()
+        if self._deltas:
+            messages.append(Outputs(list(self._deltas.values())))
+            self._deltas = {}
+        return messages
 
 
 def merge(first: Delta, second: Delta) -> None:
@@ -114,20 +90,17 @@ def merge(first: Delta, second: Delta) -> None:
 
 
 class Host:
-    """Joins the socket, its two threads and the engine."""
+    """Joins the socket and the engine."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-        self._outbox = Outbox()
+        self._outbox = DeltaOutbox()
+        self._link: Link[ToEngine] = Link(connection, to_engine_decoder, self._outbox)
         self._draining = False
-        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
 
     def run(self) -> int:
         """Serve until told to drain; returns the exit code."""
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
-        self._writer.start()
-        start = self._inbox.get()
+        self._link.start()
+        start = self._link.inbox.get()
         if not isinstance(start, Start):
             logger.error("the first message must be Start")
             return 2
@@ -136,7 +109,7 @@ class Host:
             self._serve(engine)
             engine.close()
         self._outbox.close()
-        self._writer.join(timeout=5)
+        self._link.flush()
         return 0
 
     def _load(self, start: Start) -> Engine | None:
@@ -177,23 +150,14 @@ class Host:
                 reported = now
 
     def _take_messages(self, engine: Engine) -> None:
-        for message in self._waiting_messages(
-            block=not (engine.has_work or engine.idle_work or self._draining)
-        ):
+        busy = engine.has_work or engine.idle_work or self._draining
+        for message in self._link.waiting(None if busy else IDLE_WAIT):
             if isinstance(message, Add):
                 self._add(engine, message)
             elif isinstance(message, Abort):
                 engine.abort(message.request, message.choice)
             elif isinstance(message, Drain):
                 self._draining = True
-
-    def _waiting_messages(self, *, block: bool) -> Iterator[ToEngine]:
-        try:
-            yield self._inbox.get(block=block, timeout=IDLE_WAIT)
-            while True:
-                yield self._inbox.get_nowait()
-        except queue.Empty:
-            return
 
     def _add(self, engine: Engine, message: Add) -> None:
         from tokenmill.engine.engine import InvalidRequest
@@ -207,61 +171,15 @@ class Host:
             ]
             self._outbox.put_deltas(failed)
 
-    # ---------------------------------------------------------------- the socket's threads
-
-    def _read(self) -> None:
-        """Put each frame into the inbox; end the process when the front end is gone."""
-        try:
-            self._read_frames()
-        except OSError:  # a socket that is closed with news unread is reset
-            os._exit(0)
-
-    def _read_frames(self) -> None:
-        stream = self._connection.makefile("rb")
-        while True:
-            header = stream.read(HEADER.size)
-            if len(header) < HEADER.size:
-                os._exit(0)
-            (length,) = HEADER.unpack(header)
-            if length > MAX_FRAME:
-                logger.error("a frame of %d bytes is over the limit", length)
-                os._exit(2)
-            frame = stream.read(length)
-            if len(frame) < length:
-                os._exit(0)
-            self._inbox.put(to_engine_decoder.decode(frame))
-
-    def _write(self) -> None:
-        while messages := self._outbox.take():
-            try:
-                self._connection.sendall(b"".join(encode_frame(message) for message in messages))
-            except OSError:
-                os._exit(0)
-
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _die_with_parent() -> None:
-    """Ask Linux for a SIGKILL when the front end dies; elsewhere the closed socket does it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the engine process: `--fd` is its end of the socketpair."""
-    parser = argparse.ArgumentParser(prog="tokenmill.engine.host")
-    parser.add_argument("--fd", type=int, required=True)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Host(socket.socket(fileno=arguments.fd)).run()
+    """Entry of the engine process."""
+    return run_process("tokenmill.engine.host", lambda connection: Host(connection).run(), argv)
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)
+    leave(main())

@@ -1,9 +1,14 @@
-"""What crosses the socket between the front end and one engine process.
+"""What crosses the socket between the front end and one engine process, or one that speaks.
 
     front end                                    engine process
       Start, Add, Abort, Drain      ──────▶      engine/host.py
       Loading, Ready, LoadFailed,
       Outputs, Stats                ◀──────
+
+    front end                                    speech process
+      StartSpeech, Say, Hush        ──────▶      engine/speech_host.py
+      Loading, SpeechReady, LoadFailed,
+      Spoken, Alive                 ◀──────
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack; each message is a tagged msgspec
 struct. There is no other way in or out: no port, no pickle, no file. Ids are integers made by the front end;
@@ -17,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.config import EngineConfig, SpeechConfig
 from tokenmill.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error", "abort"]
@@ -171,15 +176,79 @@ class Stats(msgspec.Struct, tag=True, array_like=True, kw_only=True):
     """Time spent since the start, by phase: schedule, prepare, forward, sample, deliver."""
 
 
+AudioFormat = Literal["wav", "mp3", "flac", "opus", "pcm16"]
+"""pcm16: 16-bit little-endian samples without a header, mono, at `PCM16_RATE`. The others say their rate."""
+PCM16_RATE = 24_000
+
+
+class StartSpeech(msgspec.Struct, tag=True, array_like=True):
+    """The first message to a new speech process: load this."""
+
+    config: SpeechConfig
+
+
+class Say(msgspec.Struct, tag=True, array_like=True):
+    """The next piece of a clip's text. A clip begins with its first piece and ends with its `last`.
+
+    What else stands here counts in the first piece. Utterances of the same text, voice and seed sound the same;
+    with the empty seed they are drawn anew.
+    """
+
+    clip: int
+    text: str
+    last: bool
+    voice: str = ""
+    format: AudioFormat = "wav"
+    seed: str = ""
+
+
+class Hush(msgspec.Struct, tag=True, array_like=True):
+    """Stop a clip. Unknown or finished ones are ignored."""
+
+    clip: int
+
+
+class SpeechReady(msgspec.Struct, tag=True, array_like=True, kw_only=True):
+    """The checkpoint is loaded and speaks."""
+
+    voices: list[str]
+    """Names that a request may say, the default first."""
+    formats: list[AudioFormat]
+    """What can be written here."""
+    sample_rate: int
+    """The checkpoint's own, in Hz."""
+    description: str
+    """One line for people."""
+    model_type: str = ""
+    load_seconds: float = 0.0
+
+
+class Spoken(msgspec.Struct, tag=True, array_like=True):
+    """The next bytes of a clip; with `last` it is whole. With `error` it never will be."""
+
+    clip: int
+    data: bytes
+    last: bool = False
+    error: str | None = None
+
+
+class Alive(msgspec.Struct, tag=True, array_like=True):
+    """Sent at least every second, also while an utterance is made, so their absence means a hang."""
+
+
 ToEngine = Start | Add | Abort | Drain
 FromEngine = Loading | Ready | LoadFailed | Outputs | Stats
+ToSpeech = StartSpeech | Say | Hush
+FromSpeech = Loading | SpeechReady | LoadFailed | Spoken | Alive
 
 encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+to_speech_decoder = msgspec.msgpack.Decoder(ToSpeech)
+from_speech_decoder = msgspec.msgpack.Decoder(FromSpeech)
 
 
-def encode_frame(message: ToEngine | FromEngine) -> bytes:
+def encode_frame(message: msgspec.Struct) -> bytes:
     """The bytes of one message on the wire."""
     payload = encoder.encode(message)
     return HEADER.pack(len(payload)) + payload

@@ -1,5 +1,7 @@
 """Small random checkpoints of any causal-LM type, with a working tokenizer: `tokenmill tiny`.
 
+(Of speech checkpoints too: `tiny_speech.py`.)
+
 The config is the type's own default with its sizes shrunk by name; layers of each kind that the type mixes
 are kept, and windows are short enough for a test to cross them. Weights are drawn so that greedy text varies
 and depends on the whole prompt. The tokenizer is a byte-level BPE, so any text goes round.
@@ -17,6 +19,7 @@ from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.model_class import causal_lm_class, is_causal_lm
 from tokenmill.engine.progress import quiet
 from tokenmill.engine.shrink import CONTEXT, randomize, shrink
+from tokenmill.engine.tiny_speech import make_tiny_vits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -145,27 +148,35 @@ def _generation_config() -> Any:
 def main(argv: list[str] | None = None) -> int:
     """`tokenmill tiny --type TYPE --out DIR`: write a checkpoint, say what it is. Returns an exit status."""
     parser = argparse.ArgumentParser(prog="tokenmill tiny", description="Write a small random checkpoint.")
-    parser.add_argument("--type", required=True, help="a causal-LM model type of transformers, such as qwen3")
+    parser.add_argument(
+        "--type", required=True, help="a causal-LM type of transformers, such as qwen3, or vits"
+    )
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64, help="hidden size, a multiple of 8")
-    parser.add_argument("--vocab", type=int, default=320, help="ids of the tokenizer")
+    parser.add_argument("--vocab", type=int, help="ids of the tokenizer (default 320; vits has letters)")
+    parser.add_argument("--voices", type=int, help="voices of a vits (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     options = parser.parse_args(argv)
     try:
-        make_tiny(
-            options.type,
-            options.out,
-            layers=options.layers,
-            hidden=options.hidden,
-            vocab=options.vocab,
-            seed=options.seed,
-            dtype=options.dtype,
-        )
+        _make(options)
     except LoadError as error:
         parser.exit(1, f"tokenmill tiny: {error}\n")
     except OSError as error:
         parser.exit(1, f"tokenmill tiny: {options.out} can't be written ({error.strerror})\n")
     print(f"{options.out}: a random {options.type} of {options.layers} layers, {options.dtype}")
     return 0
+
+
+def _make(options: argparse.Namespace) -> None:
+    """Write what the command line asks for. Raises LoadError, for options that its type hasn't too."""
+    shape = {"layers": options.layers, "hidden": options.hidden, "seed": options.seed}
+    if options.type == "vits":
+        if options.vocab is not None or options.dtype != "float32":
+            raise LoadError("a vits reads letters and runs in float32: leave --vocab and --dtype out")
+        make_tiny_vits(options.out, speakers=options.voices or 1, **shape)
+        return
+    if options.voices is not None:
+        raise LoadError(f"--voices is for vits; a {options.type} has none")
+    make_tiny(options.type, options.out, vocab=options.vocab or 320, dtype=options.dtype, **shape)

@@ -52,12 +52,14 @@ def add_admin_routes(app: FastAPI, registry: Registry, keys: KeyRing) -> list[Op
         response_class=Response,
         operation_id="unload_model",
         description="Takes no more requests for it, lets the running ones finish, ends its process and answers. "
-        "Needs an admin key. A model with `load: lazy` is loaded again when a request asks for it; any other "
-        "answers 503 `model_unloaded` until it is loaded by the route above.",
+        "Needs an admin key. What speaks its answers goes with it. A model with `load: lazy` is loaded again when a "
+        "request asks for it; any other answers 503 `model_unloaded` until it is loaded by the route above.",
     )
     async def unload(request: Request, model_id: ModelId) -> Response:
         variant, model = await admit(request, model_id)
         await model.unload()
+        if model.voice is not None:
+            await model.voice.unload()
         return json_response(registry.describe(variant))
 
     return [

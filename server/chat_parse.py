@@ -10,7 +10,7 @@ import msgspec
 from tokenmill.server.body import decode_object, without_nulls
 from tokenmill.server.chat_protocol import ChatRequest, Message
 from tokenmill.server.errors import bad_request, shorten
-from tokenmill.server.parse import check_conflicts, check_supported, merge_extra_params, validated
+from tokenmill.server.parse import check_conflicts, check_speech, merge_extra_params, validated
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.protocol_sampling import SamplingFields
 from tokenmill.server.tool_protocol import ToolSet, read_tools
@@ -56,12 +56,14 @@ def parse_chat(body: bytes, warn_unknown: bool = False) -> ChatInput:
     request = validated(values, ChatRequest, warn_unknown)
     completion = _completion(request)
     check_conflicts(completion)
-    check_supported(completion)
-    for number, message in enumerate(request.messages):
+    check_speech(completion)
+    messages = [_as_text(message, f"messages.{number}") for number, message in enumerate(request.messages)]
+    for number, message in enumerate(messages):
         _check_message(message, f"messages.{number}")
+    request = request.model_copy(update={"messages": messages})
     _check_continuation(request)
     return ChatInput(
-        request.messages,
+        messages,
         read_tools(request),
         template_variables(request),
         completion,
@@ -76,12 +78,23 @@ def _message(value: object) -> object:
     if not isinstance(value, dict):
         return value
     message = without_nulls(value)
+    if isinstance(message.get("audio"), dict):
+        message["audio"] = without_nulls(message["audio"])
     if "function_call" in message:
         given = "messages: function_call is deprecated and not supported here; use tool_calls"
         raise bad_request(given, "messages")
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     return message
+
+
+def _as_text(message: Message, where: str) -> Message:
+    """A spoken answer by its transcript. Raises `ApiError` 400 for one that is only named: none is kept."""
+    if message.audio is None or message.content is not None or message.role != "assistant":
+        return message
+    if message.audio.transcript is None:
+        raise bad_request(f"{where}: no audio is kept here; send its transcript, or content", "messages")
+    return message.model_copy(update={"content": message.audio.transcript})
 
 
 def _completion(request: ChatRequest) -> CompletionRequest:
@@ -98,6 +111,7 @@ def _check_message(message: Message, where: str) -> None:
     for field, role in (
         ("tool_calls", "assistant"),
         ("refusal", "assistant"),
+        ("audio", "assistant"),
         ("reasoning_content", "assistant"),
         ("tool_call_id", "tool"),
     ):

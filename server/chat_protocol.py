@@ -65,6 +65,21 @@ class ToolCall(Strict):
     index: int | None = Field(None, description="Accepted, as streams have it.", examples=[0])
 
 
+class PastAudio(Strict):
+    """The sound of an earlier answer. Only its transcript says anything to a model that reads text."""
+
+    id: str | None = Field(
+        None, max_length=256, description="Accepted: no sound is kept here.", examples=["audio_1"]
+    )
+    transcript: str | None = Field(
+        None,
+        description="What was said; stands for the `content` that such an answer hasn't.",
+        examples=["Paris."],
+    )
+    data: str | None = Field(None, description="Accepted without effect.", examples=[None])
+    expires_at: int | None = Field(None, ge=0, description="Accepted without effect.", examples=[1767225600])
+
+
 class Message(Strict):
     """One message of the conversation."""
 
@@ -89,6 +104,11 @@ class Message(Strict):
         None, max_length=256, description="The call that a tool's message answers.", examples=["call_1"]
     )
     refusal: str | None = Field(None, description="An assistant's refusal.", examples=["No."])
+    audio: PastAudio | None = Field(
+        None,
+        description="The sound of an assistant's earlier answer, with its transcript.",
+        examples=[{"id": "audio_1", "transcript": "Paris."}],
+    )
     reasoning_content: str | None = Field(
         None, description="An assistant's thoughts; templates may leave them out.", examples=["Hm."]
     )

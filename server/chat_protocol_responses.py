@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from tokenmill.server.protocol_responses import (
+    AUDIO,
     CALLS,
     CREATED,
     FINGERPRINT,
@@ -19,6 +20,7 @@ from tokenmill.server.protocol_responses import (
     TOKENS,
     USAGE,
     ContentLogprob,
+    SpokenAudio,
     ToolCallAnswer,
     Usage,
 )
@@ -29,7 +31,7 @@ class ChatMessageAnswer(BaseModel):
 
     role: Literal["assistant"] = Field(description="Always `assistant`.", examples=["assistant"])
     content: str | None = Field(
-        description="What the model says; null where it only calls functions.",
+        description="What the model says; null where it only calls functions, or where `audio` says it.",
         examples=["The capital of France is Paris."],
     )
     refusal: None = Field(None, description="Always null.", examples=[None])
@@ -38,6 +40,11 @@ class ChatMessageAnswer(BaseModel):
     )
     tool_calls: list[ToolCallAnswer] | None = Field(
         None, description="The functions that it calls.", examples=[CALLS]
+    )
+    audio: SpokenAudio | None = Field(
+        None,
+        description="With `audio` among the `modalities`: what the model says, spoken; null where it says nothing.",
+        examples=[AUDIO],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -25,6 +25,8 @@ from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
 from tokenmill.server.rerank import rank_by_suffix
 from tokenmill.server.responses import send_json
+from tokenmill.server.speech import Speech, check_voice, open_speech
+from tokenmill.server.spoken_answer import EventWriter, SpokenEvents, spoken_whole
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class Exchange:
     async def run(self, receive: Receive, send: Send) -> None:
         """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
         check_limits(self._request, self._variant)
+        check_voice(self._request, self._variant.name, self._model.voice)
         stream = Stream(send, self._context)
         timeout_s = first_of(self._request, "inference_timeout") or self._variant.timeout_s
         try:
@@ -135,30 +138,46 @@ class Exchange:
         """The body of the answer, or None when it was streamed."""
         request, context, model = self._request, self._context, self._model
         place = model.admit()
+        speech: Speech | None = None
         try:
             engine = await model.acquire(place)
+            speech = await open_speech(request, self._variant.name, model.voice)
             salt = cache_salt(self._options.salt_rule, context.api_key, request.user)
             job = await self._job(engine, salt)
             # What is ranked at the end can't be streamed as it comes.
             live = request.stream and job.suffix is None
             generation = Generation(context, engine, job, guard, place, model.metrics, live)
             answer = self._answer(generation)
+            if speech is not None:
+                speech.join(generation)
             try:
                 generation.start()
-                if live:
-                    await stream.run(generation, answer, with_done=not self._options.gateway)
+                if request.stream:
+                    await self._stream(generation, answer, stream, speech)
                     return None
                 await generation.finished()
                 await rank_by_suffix(generation)
-                if request.stream:
-                    await stream.run_finished(generation, answer, with_done=not self._options.gateway)
-                    return None
-                return answer.whole()
+                whole = answer.whole()
+                return whole if speech is None else await spoken_whole(whole, speech, generation)
             finally:
                 generation.close()
                 context.usage = generation.usage()
         finally:
+            if speech is not None:
+                speech.close()
             place.release()
+
+    async def _stream(
+        self, generation: Generation, answer: Writer, stream: Stream, speech: Speech | None
+    ) -> None:
+        """Send the answer as events, live or, where the best is known at the end only, then."""
+        events: EventWriter = answer if speech is None else SpokenEvents(answer, speech)
+        ready: list[Choice] = []
+        if not generation.streams:
+            await generation.finished()
+            await rank_by_suffix(generation)
+            ready = generation.returned()
+        await stream.run(generation, events, ready, with_done=not self._options.gateway)
 
     async def _job(self, engine: Engine, salt: str) -> Job:
         """The request in the engine's terms. Raises `ApiError` 400."""
@@ -171,14 +190,10 @@ class Exchange:
 MakeExchange = Callable[[EndpointOptions, CompletionRequest, Variant, Model, RequestContext], Exchange]
 
 
-class Writer(Protocol):
+class Writer(EventWriter, Protocol):
     """Writes the answer of a generation, whole or as the events of a stream."""
 
     def whole(self) -> bytes: ...
-
-    def chunks(self, choices: Iterable[Choice]) -> bytes: ...
-
-    def end(self, with_done: bool) -> bytes: ...
 
 
 class Stream:
@@ -188,20 +203,22 @@ class Stream:
         self._send = send
         self._context = context
 
-    async def run(self, generation: Generation, answer: Writer, with_done: bool) -> None:
-        """Send chunks until every choice has ended."""
-        while not generation.done:
-            data = answer.chunks(await generation.news())
-            if generation.done:
+    async def run(
+        self, generation: Generation, answer: EventWriter, ready: list[Choice], with_done: bool
+    ) -> None:
+        """Send chunks until all is done, beginning with the choices that are ready."""
+        ended = False
+        while not ended:
+            choices, ready = ready or await generation.news(), []
+            data = answer.chunks(choices)
+            # What comes while a chunk is being sent is the next chunk's.
+            ended = generation.done
+            if ended:
                 data += answer.end(with_done)
-            if data:
+            if data or ended:
                 generation.blocked = True
-                await self._write(data, more=not generation.done)
+                await self._write(data, more=not ended)
                 generation.blocked = False
-
-    async def run_finished(self, generation: Generation, answer: Writer, with_done: bool) -> None:
-        """Send the choices that the client gets, each as one chunk."""
-        await self._write(answer.chunks(generation.returned()) + answer.end(with_done), more=False)
 
     async def _write(self, data: bytes, more: bool) -> None:
         if not self._context.answering:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from tokenmill.engine.config import DType, EngineConfig, KVCacheConfig, Quantization
+from tokenmill.engine.config import DType, EngineConfig, KVCacheConfig, Quantization, SpeechConfig
 from tokenmill.engine.sampling_params import MAX_CANDIDATES, MAX_TOP_LOGPROBS
 
 Seconds = Annotated[float, Meta(ge=0)]
@@ -23,6 +23,7 @@ FimOrder = Literal["psm", "spm", "spm2"]
 """prefix-suffix-middle; suffix first, each after its token; suffix first between prefix and middle token."""
 TOOL_PARSERS = ("hermes", "llama3", "mistral", "deepseek", "json")
 """Forms of tool calls that `tool_parser` may name beside `auto`."""
+VoiceName = Annotated[str, Meta(min_length=1, max_length=64)]
 SuffixWay = Literal["tokens", "rerank"]
 
 
@@ -115,6 +116,18 @@ class FimMarkup(Section, frozen=True, kw_only=True):
     """What stands before each file's name."""
 
 
+class SpeechEntry(Section, frozen=True, kw_only=True):
+    """`speech:` as a map."""
+
+    source: Annotated[str, Meta(min_length=1)]
+    revision: str | None = None
+    device: str | None = None
+    """The entry's own where none is given."""
+    threads: Count | None = None
+    voices: dict[VoiceName, str | int] = {}
+    """Names that requests may say for the checkpoint's voices, such as OpenAI's; the first is the default."""
+
+
 class Deployment(Section, frozen=True, kw_only=True):
     """A named variant of an entry. It shares the entry's engine unless its quantization differs."""
 
@@ -162,7 +175,8 @@ class Entry(Section, frozen=True, kw_only=True):
     suffix: SuffixWay = "tokens"
     """What a suffix does where the model has no tokens for it: refused, or candidates are ranked by it."""
     speculation: Speculation = Speculation()
-    speech: str | None = None
+    speech: SpeechEntry | str | None = None
+    """What speaks its answers: a Hub id or a folder, or a map of how."""
     aliases: list[str] = []
     load: Literal["preload", "lazy"] = "preload"
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
@@ -202,6 +216,19 @@ def engine_config(entry: Entry, defaults: Defaults, quantization: Quantization |
         compile=entry.compile,
         deterministic=entry.deterministic,
         speculation_ngram=entry.speculation.ngram,
+    )
+
+
+def speech_config(entry: Entry, speech: SpeechEntry | str, defaults: Defaults) -> SpeechConfig:
+    """What the speech process of an entry is told."""
+    if isinstance(speech, str):
+        speech = SpeechEntry(source=speech)
+    return SpeechConfig(
+        source=speech.source,
+        revision=speech.revision,
+        device=speech.device or entry.device or defaults.device,
+        threads=speech.threads,
+        voices={name: str(voice) for name, voice in speech.voices.items()},
     )
 
 

@@ -193,8 +193,8 @@ def _check_new(names: set[str], added: list[str], node: yaml.Node) -> None:
 
 
 def _check_entry(entry: Entry, root: yaml.Node, path: tuple[str, ...]) -> None:
-    if entry.speech is not None:
-        raise ConfigError("speech can't be set in this version", _node(root, *path, "speech").start_mark)
+    if entry.speech == "":
+        raise ConfigError("speech must name a Hub id or a folder", _node(root, *path, "speech").start_mark)
     cache = entry.kv_cache
     if not 0 < cache.memory_share <= 1:
         raise ConfigError(

@@ -1,28 +1,12 @@
-"""The front end's end of the socket to an engine process: frames in and out, deltas to whom they concern."""
+"""The front end's end of the socket to an engine process: deltas to whom they concern."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import logging
-import socket
 import time
-from typing import Protocol, cast
+from typing import Protocol
 
-from tokenmill.engine.messages import (
-    HEADER,
-    MAX_FRAME,
-    Abort,
-    Add,
-    Delta,
-    FromEngine,
-    Outputs,
-    ToEngine,
-    encode_frame,
-    from_engine_decoder,
-)
-
-logger = logging.getLogger(__name__)
+from tokenmill.engine.messages import Abort, Add, Delta, FromEngine, Outputs, from_engine_decoder
+from tokenmill.server.frame_client import FrameClient
 
 
 class Sink(Protocol):
@@ -45,25 +29,13 @@ class Listener(Protocol):
         """The socket is closed."""
 
 
-class EngineClient(asyncio.Protocol):
-    """Speaks for one engine process. Lives on the event loop's thread alone."""
+class EngineClient(FrameClient):
+    """Speaks for one engine process."""
 
     def __init__(self, listener: Listener) -> None:
+        super().__init__()
         self._listener = listener
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-        self._ids = itertools.count(1)
         self._sinks: dict[int, Sink] = {}
-        self.lost: str | None = None
-        """Why the engine is gone, once it is."""
-
-    async def connect(self, connection: socket.socket) -> None:
-        """Take over a connected socket. Messages may come before this returns."""
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=connection)
-
-    def new_id(self) -> int:
-        """An id for an `Add`. Never a client's choosing."""
-        return next(self._ids)
 
     def add(self, message: Add, sink: Sink) -> None:
         """Hand a request to the engine. `Sink` hears of it until `forget`."""
@@ -80,38 +52,8 @@ class EngineClient(asyncio.Protocol):
         """The request has ended by itself."""
         self._sinks.pop(request, None)
 
-    def close(self, reason: str = "the model's engine is restarted") -> None:
-        """Close the socket: the engine process ends at once. `reason` is for those who wait for deltas."""
-        self.lost = self.lost or reason
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _send(self, message: ToEngine) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(encode_frame(message))
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(buffer, start)
-            if length > MAX_FRAME:
-                logger.error("the engine sent a frame of %d bytes; closing its socket", length)
-                self.close()
-                return
-            end = start + HEADER.size + length
-            if len(buffer) < end:
-                break
-            self._receive(from_engine_decoder.decode(memoryview(buffer)[start + HEADER.size : end]))
-            start = end
-        if start:
-            del buffer[:start]
-
-    def _receive(self, message: FromEngine) -> None:
+    def _on_frame(self, payload: memoryview) -> None:
+        message = from_engine_decoder.decode(payload)
         if isinstance(message, Outputs):
             now = time.monotonic()
             for delta in message.deltas:
@@ -120,9 +62,8 @@ class EngineClient(asyncio.Protocol):
                     sink.on_delta(delta, now)
         self._listener.on_message(message)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self.lost = self.lost or "the model's engine stopped"
+    def _on_lost(self, reason: str) -> None:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink.on_engine_lost(self.lost)
-        self._listener.on_lost(self.lost)
+            sink.on_engine_lost(reason)
+        self._listener.on_lost(reason)

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.messages import Start, encode_frame
+from tokenmill.engine.messages import Start, StartSpeech, encode_frame
 
 ENGINE_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tokenmill.engine.host")
+SPEECH_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tokenmill.engine.speech_host")
 
 
 class EngineProcess:
@@ -27,7 +27,7 @@ class EngineProcess:
         self.connection = connection
 
     @classmethod
-    def spawn(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
+    def spawn(cls, start: Start | StartSpeech, command: Sequence[str]) -> EngineProcess:
         """Start a process and tell it what to load. Raises `OSError` where it can't be started."""
         ours, theirs = socket.socketpair()
         try:
@@ -39,7 +39,7 @@ class EngineProcess:
                     stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            ours.sendall(encode_frame(Start(config)))
+            ours.sendall(encode_frame(start))
         except OSError:
             ours.close()
             raise

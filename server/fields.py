@@ -14,6 +14,7 @@ from tokenmill.server.errors import shorten
 
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_STOP_LENGTH = 1024
+MAX_VOICE_NAME = 64
 MAX_TIMEOUT_S = 7 * 24 * 3600.0
 """Longer deadlines are kept at this: a week is as good as none."""
 
@@ -103,6 +104,17 @@ def _timeout(value: object) -> float:
     return float(seconds)
 
 
+def _voice(value: object) -> str:
+    """A voice's name, given as such or as OpenAI's object with an `id`."""
+    name = value.get("id") if isinstance(value, dict) and set(value) == {"id"} else value
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_VOICE_NAME:
+        raise refused(
+            f"must be a voice's name of 1 to {MAX_VOICE_NAME} characters, or an object with it as `id`, "
+            f"not {shorten(value)}"
+        )
+    return name
+
+
 _ID = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
 _TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
@@ -135,6 +147,24 @@ LogitBias = Annotated[
             "type": "object",
             "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+    ),
+]
+_VOICE = {"type": "string", "minLength": 1, "maxLength": MAX_VOICE_NAME}
+VoiceName = Annotated[
+    str,
+    *_field(
+        _voice,
+        {
+            "anyOf": [
+                _VOICE,
+                {
+                    "type": "object",
+                    "properties": {"id": _VOICE},
+                    "required": ["id"],
+                    "additionalProperties": False,
+                },
+            ]
         },
     ),
 ]

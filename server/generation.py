@@ -179,7 +179,8 @@ class Generation:
         self._place = place
         self._metrics = metrics
         self._arrival = context.arrival
-        self._streams = streams
+        self.streams = streams
+        """Whether its news are taken as they come."""
         self._changed: dict[Choice, None] = {}
         self._unsent = 0
         self._wake = asyncio.Event()
@@ -191,6 +192,8 @@ class Generation:
             for position, prompt in enumerate(job.prompts)
         ]
         self._unfinished = len(self.runs)
+        self.awaited = 0
+        """Clips of its choices that are still being spoken."""
 
     def start(self) -> None:
         """Hand every prompt to the engine. Raises `ApiError` 503 when it has just gone."""
@@ -224,11 +227,15 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether every choice has ended."""
-        return not self._unfinished
+        """Whether every choice has ended, its sound included where it has one."""
+        return not (self._unfinished or self.awaited)
+
+    def wake(self) -> None:
+        """There is news of something else than tokens."""
+        self._wake.set()
 
     async def finished(self) -> None:
-        """Wait for the end of every choice."""
+        """Wait until it is done."""
         while not self.done:
             await self._wake.wait()
             self._wake.clear()
@@ -264,7 +271,7 @@ class Generation:
             self.watch(choice, text, now)
         if choice.finish_reason is not None:
             self._finish(run, delta)
-        if self._streams:
+        if self.streams:
             self._changed[choice] = None
             self._unsent += len(delta.token_ids)
             if self.blocked and self._unsent > MAX_UNSENT_TOKENS:

@@ -39,7 +39,7 @@ def check_completion(values: dict[str, Any], warn_unknown: bool = False) -> Comp
     """The checked request of the object that a body holds. Raises `ApiError` 400."""
     request = validated(values, CompletionRequest, warn_unknown)
     check_conflicts(request)
-    check_supported(request)
+    check_speech(request)
     return request
 
 
@@ -60,7 +60,7 @@ def validated(values: dict[str, Any], model: type[Request], warn_unknown: bool =
 
 def drop_inner_nulls(values: dict[str, Any]) -> None:
     """Null means "not given" inside these objects too."""
-    for name in ("stream_options", "response_format", "prediction"):
+    for name in ("stream_options", "response_format", "prediction", "audio"):
         if isinstance(values.get(name), dict):
             values[name] = without_nulls(values[name])
     given = values.get("response_format")
@@ -197,8 +197,17 @@ def check_conflicts(request: CompletionRequest) -> None:
             )
 
 
-def check_supported(request: CompletionRequest) -> None:
-    """Refuse what this version can't do, wherever it would matter. Raises `ApiError` 400."""
-    if request.audio is not None or "audio" in (request.modalities or ()):
-        param = "audio" if request.audio is not None else "modalities"
-        raise bad_request("this model can't speak", param, "unsupported_modality")
+def check_speech(request: CompletionRequest) -> None:
+    """What can't be spoken, whichever model it is. Raises `ApiError` 400."""
+    if request.modalities is not None and "text" not in request.modalities:
+        message = 'modalities: sound comes with the text that it speaks; say ["text", "audio"]'
+        raise bad_request(message, "modalities", "unsupported_modality")
+    if not request.speaks:
+        if request.audio is not None:
+            raise bad_request('audio needs modalities: ["text", "audio"]', "audio")
+        return
+    wanted = None if request.audio is None else request.audio.format
+    if request.stream and wanted not in (None, "pcm16"):
+        raise bad_request(f"audio: a stream is spoken as pcm16, not as {wanted}, which needs an end", "audio")
+    if request.echo:
+        raise bad_request("echo: the prompt isn't spoken; leave it out or ask for text alone", "echo")

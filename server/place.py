@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tokenmill.server.loaded_engine import Engine
+
+class Held(Protocol):
+    """What a place holds on to: a loaded engine, or a voice."""
+
+    requests: int
+    """Places that were given it and are held."""
 
 
 class Crowd(Protocol):
@@ -24,10 +29,10 @@ class Place:
         self._model = model
         self._waiting = True
         self._held = True
-        self._engine: Engine | None = None
+        self._engine: Held | None = None
         model.queued += 1
 
-    def enter(self, engine: Engine) -> None:
+    def enter(self, engine: Held) -> None:
         """The engine that serves it, which isn't ended before the place is released."""
         self._engine = engine
         engine.requests += 1

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.config import EngineConfig, SpeechConfig
+from tokenmill.engine.messages import Start
 from tokenmill.server.config import (
     Config,
     Deployment,
@@ -17,6 +18,7 @@ from tokenmill.server.config import (
     Limits,
     SuffixWay,
     engine_config,
+    speech_config,
 )
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 
@@ -51,13 +53,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     engines: dict[str, EngineConfig]
     entries: dict[str, Entry]
     """The entry that each engine comes from."""
+    entry_names: dict[str, str]
+    """Its name."""
+    voices: dict[str, SpeechConfig]
+    """What speaks an entry's answers, by the entry's name."""
 
 
 def make_plan(config: Config) -> Plan:
     """Entries and deployments as variants. One engine an entry, and one a deployment quantized otherwise."""
-    plan = Plan(variants={}, aliases={}, engines={}, entries={})
+    plan = Plan(variants={}, aliases={}, engines={}, entries={}, entry_names={}, voices={})
     for name, entry in config.models.items():
         plan.engines[name], plan.entries[name] = engine_config(entry, config.defaults), entry
+        plan.entry_names[name] = name
+        if entry.speech is not None:
+            plan.voices[name] = speech_config(entry, entry.speech, config.defaults)
         timeout_s = entry.timeout_s or config.defaults.timeout_s
         plan.variants[name] = Variant(
             name=name,
@@ -81,7 +90,7 @@ def make_plan(config: Config) -> Plan:
             plan.variants[own] = _deployment(own, plan.variants[name], deployment)
             if deployment.quantization not in (None, entry.quantization):
                 plan.engines[own] = engine_config(entry, config.defaults, deployment.quantization)
-                plan.entries[own] = entry
+                plan.entries[own], plan.entry_names[own] = entry, name
                 plan.variants[own] = msgspec.structs.replace(plan.variants[own], engine=own)
     return plan
 
@@ -120,7 +129,7 @@ def _template(file: str | None) -> str | None:
 def spawn_preloaded(plan: Plan, command: Sequence[str] = ENGINE_COMMAND) -> dict[str, EngineProcess]:
     """Start the engine processes of all models that are to be loaded at once. Raises `OSError`."""
     return {
-        name: EngineProcess.spawn(config, command)
+        name: EngineProcess.spawn(Start(config), command)
         for name, config in plan.engines.items()
         if plan.entries[name].load == "preload"
     }

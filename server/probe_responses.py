@@ -20,6 +20,21 @@ ROW = {
 }
 
 
+class SpeechRow(BaseModel):
+    """What speaks a model's answers."""
+
+    status: Status = Field(description="Its process, as for models.", examples=["loaded"])
+    voices: list[str] | None = Field(
+        None,
+        description="What requests may say as `audio.voice`, the default first.",
+        examples=[["alloy", "0"]],
+    )
+    formats: list[str] | None = Field(
+        None, description="What requests may say as `audio.format`.", examples=[["wav", "pcm16", "mp3"]]
+    )
+    reason: str | None = Field(None, description="Why it has failed.", examples=[REASON])
+
+
 class ModelRow(BaseModel):
     """A model or a deployment of one."""
 
@@ -34,6 +49,11 @@ class ModelRow(BaseModel):
     )
     status: Status = Field(description="`unloaded` models load when they are asked for.", examples=["loaded"])
     reason: str | None = Field(None, description="Why a model has failed.", examples=[REASON])
+    speech: SpeechRow | None = Field(
+        None,
+        description="Where the model's entry has `speech`.",
+        examples=[{"status": "loaded", "voices": ["0"], "formats": ["wav", "pcm16"]}],
+    )
 
 
 class ModelList(BaseModel):
@@ -55,7 +75,10 @@ class HealthResponse(BaseModel):
     status: Literal["ok", "unavailable"] = Field(
         description="`ok` with the status 200, `unavailable` with 503.", examples=["ok"]
     )
-    models: dict[str, Status] = Field(description="Every model's status.", examples=[{NAME: "loaded"}])
+    models: dict[str, Status] = Field(
+        description="Every model's status, and `NAME:speech` for what speaks its answers.",
+        examples=[{NAME: "loaded"}],
+    )
 
 
 class ModelHealthResponse(BaseModel):

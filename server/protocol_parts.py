@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tokenmill.engine.messages import AudioFormat
+from tokenmill.server.fields import VoiceName
+
 MAX_SCHEMA_NAME = 64
 
 
@@ -73,6 +76,23 @@ class ResponseFormat(Strict):
         None,
         description="The schema of the type `json_schema`, and only of that.",
         examples=[{"name": "answer", "schema": {"type": "object"}}],
+    )
+
+
+class AudioOptions(Strict):
+    """How an answer is spoken."""
+
+    format: AudioFormat | None = Field(
+        None,
+        description="`pcm16` has no header: 16-bit little-endian samples, mono, at 24 kHz; `opus` is in an Ogg "
+        "file. Not given: `wav`, in a stream `pcm16`, which is the only one that can be streamed.",
+        examples=["wav"],
+    )
+    voice: VoiceName | None = Field(
+        None,
+        description='A voice of the model\'s speech checkpoint, by its name or as `{"id": name}`; '
+        "`GET /v1/models` lists them. The first of them if not given.",
+        examples=["0"],
     )
 
 

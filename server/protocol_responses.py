@@ -118,6 +118,28 @@ CALLS = [
 ]
 
 
+class SpokenAudio(BaseModel):
+    """A spoken answer. In a stream it comes in pieces: `id` first, `data` as it is made, `expires_at` last."""
+
+    id: str = Field(description="Made by the server.", examples=["audio_4f1b0c9d2e8a7b6c5d4e3f21"])
+    data: str = Field(
+        description="The sound in the format that was asked for, as base64.", examples=["UklGRg=="]
+    )
+    transcript: str = Field(description="What is said.", examples=[" Paris."])
+    expires_at: int = Field(
+        description="Until when the server keeps it, in seconds since 1970: it doesn't, so when it was made.",
+        examples=[1767225600],
+    )
+
+
+AUDIO = {
+    "id": "audio_4f1b0c9d2e8a7b6c5d4e3f21",
+    "data": "UklGRg==",
+    "transcript": " Paris.",
+    "expires_at": 1767225600,
+}
+
+
 class CompletionChoice(BaseModel):
     """One completion of one prompt."""
 
@@ -129,6 +151,11 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"] | None = FINISH
     tool_calls: list[ToolCallAnswer] | None = Field(
         None, description="With `tools`: the calls.", examples=[CALLS]
+    )
+    audio: SpokenAudio | None = Field(
+        None,
+        description="With `audio` among the `modalities`: the text, spoken; null where it is empty.",
+        examples=[AUDIO],
     )
     reasoning_content: str | None = Field(
         None, description="With `tools`: what stood between thinking tags.", examples=["Let me see."]
@@ -154,7 +181,9 @@ class CompletionTokensDetails(BaseModel):
         description="Drafted tokens of the `prediction` that didn't; no completion tokens.", examples=[0]
     )
     reasoning_tokens: int = Field(description="Thoughts, with their tags.", examples=[0])
-    audio_tokens: int = Field(description="Always 0.", examples=[0])
+    audio_tokens: int = Field(
+        description="Always 0: the text is spoken by another model, whose work isn't counted.", examples=[0]
+    )
 
 
 class Usage(BaseModel):

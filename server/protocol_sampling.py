@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tokenmill.server.fields import LogitBias, Stop, Timeout
-from tokenmill.server.protocol_parts import Prediction, ResponseFormat, StreamOptions, Strict
+from tokenmill.server.protocol_parts import AudioOptions, Prediction, ResponseFormat, StreamOptions, Strict
 
 INT64 = 1 << 63
 INT31 = 1 << 31
@@ -189,10 +189,16 @@ class SamplingFields(Strict):
         None, description="`false`: at most one call. Without effect where no tools are.", examples=[True]
     )
     modalities: list[Literal["text", "audio"]] | None = Field(
-        None, description="`text`; a model that speaks also `audio`.", examples=[["text"]]
+        None,
+        max_length=2,
+        description='`["text"]`, or `["text", "audio"]` where the model\'s entry has `speech`: the answer is '
+        "spoken.",
+        examples=[["text"]],
     )
-    audio: dict[str, Any] | None = Field(
-        None, description="How a model that speaks does it: `format` and `voice`.", examples=[None]
+    audio: AudioOptions | None = Field(
+        None,
+        description="How the answer is spoken. Only with `audio` among the `modalities`.",
+        examples=[{"format": "wav", "voice": "0"}],
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables for the chat template.", examples=[{}]
@@ -230,3 +236,8 @@ class SamplingFields(Strict):
     def candidates(self) -> int:
         """Sequences generated for each prompt."""
         return self.best_of or self.n
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the answer is to be spoken."""
+        return "audio" in (self.modalities or ())

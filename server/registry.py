@@ -8,12 +8,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tokenmill.server.config import Config
-from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
+from tokenmill.server.config import Config, Entry
+from tokenmill.server.engine_process import ENGINE_COMMAND, SPEECH_COMMAND, EngineProcess
 from tokenmill.server.errors import ApiError, bad_request, draining, shorten
 from tokenmill.server.metrics import Snapshot
-from tokenmill.server.model import Model, Progress, Status
+from tokenmill.server.model import Model, Progress
 from tokenmill.server.plan import Variant, make_plan
+from tokenmill.server.supervised import Rules, Status
+from tokenmill.server.voice import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class Registry:
         config: Config,
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        speech_command: Sequence[str] = SPEECH_COMMAND,
         processes: Mapping[str, EngineProcess] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -33,33 +36,33 @@ class Registry:
         self.created = int(time.time())
         self.draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        idle = config.defaults.idle_unload_s
+        self._voices = {
+            name: Voice(name, speech, _rules(self.plan.entries[name], config), speech_command)
+            for name, speech in self.plan.voices.items()
+        }
         self._models = {
             name: Model(
                 name,
                 engine,
-                lazy=self.plan.entries[name].load == "lazy",
-                idle_unload_s=_or(self.plan.entries[name].idle_unload_s, idle),
-                watchdog_s=config.server.watchdog_s,
-                load_watchdog_s=config.server.load_watchdog_s,
-                load_wait_s=config.server.load_wait_s,
-                max_queue=config.server.max_queue,
+                _rules(self.plan.entries[name], config),
                 command=command,
                 process=(processes or {}).get(name),
                 progress=progress,
+                voice=self._voices.get(self.plan.entry_names[name]),
             )
             for name, engine in self.plan.engines.items()
         }
 
     def start(self) -> None:
-        """Begin to supervise every model."""
-        for model in self._models.values():
-            task = asyncio.get_running_loop().create_task(model.supervise(), name=f"supervise {model.name}")
+        """Begin to supervise every model and voice."""
+        supervised: list[Model | Voice] = [*self._models.values(), *self._voices.values()]
+        for kept in supervised:
+            task = asyncio.get_running_loop().create_task(kept.supervise(), name=f"supervise {kept.name}")
             task.add_done_callback(_log_failure)
             self._tasks.append(task)
 
     async def stop(self) -> None:
-        """End every engine process at once."""
+        """End every process at once."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -111,12 +114,14 @@ class Registry:
         }
         if model.reason is not None:
             row["reason"] = model.reason
+        if model.voice is not None:
+            row["speech"] = model.voice.describe()
         return row
 
     def health(self) -> tuple[bool, dict[str, Status]]:
         """Whether at least one model serves, and the status of each."""
         serves = not self.draining and any(model.serves for model in self)
-        return serves, {model.name: model.status for model in self}
+        return serves, {kept.name: kept.status for kept in (*self, *self._voices.values())}
 
     def snapshots(self) -> Iterator[Snapshot]:
         """What `/metrics` shows."""
@@ -129,8 +134,17 @@ class Registry:
         return sum(model.queued + model.started for model in self)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _rules(entry: Entry, config: Config) -> Rules:
+    """How an entry's processes are kept."""
+    idle = entry.idle_unload_s
+    return Rules(
+        lazy=entry.load == "lazy",
+        idle_unload_s=config.defaults.idle_unload_s if idle is None else idle,
+        watchdog_s=config.server.watchdog_s,
+        load_watchdog_s=config.server.load_watchdog_s,
+        load_wait_s=config.server.load_wait_s,
+        max_queue=config.server.max_queue,
+    )
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

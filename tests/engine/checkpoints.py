@@ -24,7 +24,7 @@ PAGED_TYPES = (
 
 
 @cache
-def _session_folder() -> Path:
+def session_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tokenmill-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -34,7 +34,7 @@ def _session_folder() -> Path:
 def tiny(model_type: str, **overrides: Any) -> Path:
     """The folder of a tiny checkpoint that every test of the session shares: don't write into it."""
     name = "-".join([model_type, *(f"{k}={v}" for k, v in sorted(overrides.items()))])
-    return make_tiny(model_type, _session_folder() / name, **overrides)
+    return make_tiny(model_type, session_folder() / name, **overrides)
 
 
 def copy_of(folder: Path, target: Path) -> Path:

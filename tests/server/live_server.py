@@ -20,6 +20,7 @@ from tokenmill.server.lifecycle import Server
 from tokenmill.server.registry import Registry
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+FAKE_SPEECH = Path(__file__).parent / "fake_speech.py"
 MODEL = "toy/echo"
 ONE_MODEL = """
 version: 1
@@ -52,6 +53,7 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self._command = [sys.executable, str(engine), "--mode", mode]
+        self._speech_command = [sys.executable, str(FAKE_SPEECH)]
         self._keys = keys
         self._admin_keys = admin_keys
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -61,7 +63,7 @@ class LiveServer:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.registry = Registry(self.config, command=self._command)
+        self.registry = Registry(self.config, command=self._command, speech_command=self._speech_command)
         app = create_app(self.registry, self.config.server, self._keys, self._admin_keys)
         self._server = Server(
             uvicorn.Config(

@@ -174,7 +174,7 @@ def test_unload_while_a_restart_is_due(live: LiveServer) -> None:
 
 
 def test_load_spares_the_pause_before_a_restart(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.server.model.FIRST_RESTART_S", 60.0)
+    monkeypatch.setattr("tokenmill.server.supervised.FIRST_RESTART_S", 60.0)
     before = live.canary()
     assert live.complete(prompt="CRASH").status_code == 503
     eventually(lambda: "restart in 60 s" in live.client.get(f"/v1/models/{MODEL}").json().get("reason", ""))

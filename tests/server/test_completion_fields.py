@@ -83,7 +83,7 @@ GOOD: dict[str, list[Any]] = {
     "tools": [[], [TOOL]],
     "tool_choice": ["none", "auto"],
     "parallel_tool_calls": [True, False],
-    "modalities": [["text"]],
+    "modalities": [["text"], ["text", "audio"], ["audio", "text"]],
     "suffix": ["", "x"],
     "inference_timeout": [1, 0.5, "30", "0.5", 1e300],
     "timeout": [1, "2"],
@@ -191,8 +191,17 @@ BAD: dict[str, list[Any]] = {
         {"type": "content", "content": [{"type": "image_url", "text": "a"}]},
         {"type": "content", "content": ["a"]},
     ],
-    "modalities": [["text", "audio"], ["video"], "text"],
-    "audio": [{"format": "wav", "voice": "alloy"}],
+    "modalities": [[], ["audio"], ["video"], "text", ["text", "audio", "text"]],
+    "audio": [
+        "wav",
+        {},
+        {"format": "wav", "voice": "alloy"},
+        {"format": "aac"},
+        {"voice": 1},
+        {"voice": ""},
+        {"voice": "x" * 65},
+        {"voice": {"name": "alloy"}},
+    ],
     "suffix": [5, ["x"], True],
     "inference_timeout": [0, -1, "x", "-1", "1e5", "", True, [], "nan", "inf"],
     "timeout": [0, "x"],
@@ -373,11 +382,33 @@ def test_logprobs_are_decided_on_the_json_type() -> None:
     assert parse().alternatives is None
 
 
-def test_codes_of_what_is_not_supported() -> None:
-    for fields, code in (({"modalities": ["audio"]}, "unsupported_modality"),):
-        with pytest.raises(ApiError) as caught:
-            parse(**fields)
-        assert caught.value.code == code
+def test_sound_without_its_text_is_not_supported() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(modalities=["audio"])
+    assert caught.value.code == "unsupported_modality"
+
+
+def test_how_an_answer_is_spoken() -> None:
+    spoken = {"modalities": ["text", "audio"]}
+    assert parse(**spoken).audio is None
+    assert parse(**spoken).speaks
+    assert not parse(modalities=["text"]).speaks
+    for voice in ("alloy", {"id": "alloy"}):
+        options = parse(**spoken, audio={"format": "mp3", "voice": voice}).audio
+        assert options is not None
+        assert (options.format, options.voice) == ("mp3", "alloy")
+    nulls = parse(**spoken, audio={"format": None, "voice": None}).audio
+    assert nulls is not None
+    assert (nulls.format, nulls.voice) == (None, None)
+    assert parse(**spoken, audio={"format": "pcm16"}, stream=True).stream
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"), [("audio", {"audio": {"format": "mp3"}, "stream": True}), ("echo", {"echo": True})]
+)
+def test_what_cannot_be_spoken(param: str, fields: dict[str, Any]) -> None:
+    body = {"prompt": "a", "modalities": ["text", "audio"], **fields}
+    assert refusal(json.dumps(body).encode()).param == param
 
 
 def test_message_says_what_is_allowed_and_what_was_given() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenmill.engine.config import KVCacheConfig
+from tokenmill.engine.config import KVCacheConfig, SpeechConfig
 from tokenmill.server.config import TOOL_PARSERS, FimMarkup, engine_config
 from tokenmill.server.config_file import ConfigError, load_config, parse_config
 from tokenmill.server.fim_presets import PRESETS
@@ -129,6 +129,22 @@ def test_every_tool_parser_may_be_named(name: str) -> None:
     assert make_plan(config).variants["a/b"].tool_parser == name
 
 
+def test_speech_is_a_source_or_a_map() -> None:
+    config = parse_config(
+        "defaults: {device: cpu}\nmodels:\n  a/b: {source: x, speech: y/z, quantization: int8, deployments: {q: "
+        "{quantization: int4}}}\n  c/d: {source: x, device: 'cuda:0', speech: {source: ./y, revision: r, "
+        "threads: 1, voices: {alloy: 3, ann: Ann}}}\n  e/f: {source: x}\n"
+    )
+    plan = make_plan(config)
+    assert plan.voices == {
+        "a/b": SpeechConfig(source="y/z", device="cpu"),
+        "c/d": SpeechConfig(
+            source="./y", revision="r", device="cuda:0", threads=1, voices={"alloy": "3", "ann": "Ann"}
+        ),
+    }
+    assert plan.entry_names == {"a/b": "a/b", "a/b/q": "a/b", "c/d": "c/d", "e/f": "e/f"}
+
+
 def test_a_deployment_of_the_same_quantization_shares_the_engine() -> None:
     config = parse_config(
         "models: {a/b: {source: x, quantization: int8, deployments: {c: {quantization: int8}}}}"
@@ -203,7 +219,10 @@ def test_the_engine_is_told_how_many_ranks_there_are() -> None:
         ),
         ("models:\n  a/b: {source: x, quantization: gguf, tensor_parallel: 2}\n", "2:57", "gguf"),
         ("models:\n  a/b: {source: x, deterministic: true, tensor_parallel: 4}\n", "2:58", "deterministic"),
-        ("models:\n  a/b: {source: x, speech: y/z}\n", "2:28", "speech"),
+        ("models:\n  a/b: {source: x, speech: ''}\n", "2:28", "speech"),
+        ("models:\n  a/b: {source: x, speech: {voices: {a: 1}}}\n", "2:28", "needs the key 'source'"),
+        ("models:\n  a/b: {source: x, speech: {source: y, voice: a}}\n", "2:40", "did you mean 'voices'?"),
+        ("models:\n  a/b: {source: x, speech: {source: y, voices: {a: []}}}\n", "2:48", "voices"),
         ("models:\n  a/b: {source: x, fim: {prefix: a}}\n", "2:25", "needs the key 'suffix'"),
         (
             "models:\n  a/b: {source: x, fim: {prefix: a, suffix: b, midle: c}}\n",

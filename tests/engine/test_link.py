@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from tokenmill.engine.host import Host
-from tokenmill.engine.messages import Drain, encode_frame
+from tokenmill.engine.link import Link, Outbox
+from tokenmill.engine.messages import Drain, encode_frame, to_engine_decoder
 
 
 class Ended(BaseException):
@@ -31,7 +31,7 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def read_until_the_end(ours: socket.socket, theirs: socket.socket) -> None:
     ours.close()
     with theirs, pytest.raises(Ended):
-        Host(theirs)._read()
+        Link(theirs, to_engine_decoder, Outbox()).read()
 
 
 def test_a_closed_socket_ends_the_process(codes: list[int]) -> None:
