@@ -14,7 +14,7 @@
 
 #include "amx.h"
 #include "attention.h"
-#include "cache_layout.h"
+#include "cached_runs.h"
 #include "power_bits.h"
 #include "threads.h"
 
@@ -61,7 +61,7 @@ class AmxTiles {
   // are asked for at its end, since a block's rows are too short for the processor to see a stream.
   void expect(const RowBlock& block, int64_t start, int64_t end) {
     int64_t place[kSteps];
-    const int count = locate(block, start, end, place);
+    const int count = locate_runs(block, start, end, kSteps, place);
     if (!alone_) return;
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
     const bf16* values = static_cast<const bf16*>(block.problem.v_cache);
@@ -78,14 +78,16 @@ class AmxTiles {
     start_ = start;
     count_ = static_cast<int>(end < start + kTile ? end - start : kTile);
     int64_t place[kSteps];
-    steps_ = locate(block_, start, end, place);
+    steps_ = locate_runs(block_, start, end, kSteps, place);
     const bf16* keys = static_cast<const bf16*>(block_.problem.k_cache);
     const bf16* values = static_cast<const bf16*>(block_.problem.v_cache);
     for (int step = 0; step < steps_; ++step) {
       keys_[step] = keys + place[step] * key_size_;
       values_[step] = values + place[step] * value_size_;
     }
-    if (const int left = count_ % kCacheStep) values_[steps_ - 1] = without_strangers(values_[steps_ - 1], left);
+    if (const int left = count_ % kCacheStep) {
+      values_[steps_ - 1] = without_strangers(values_[steps_ - 1], left, value_size_, tail_);
+    }
   }
 
   // Adds the tile to the states of the block's rows from `first` on, kRows of them.
@@ -101,29 +103,6 @@ class AmxTiles {
  private:
   static constexpr float kSlack = 8;
   static constexpr int kSteps = kTile / kCacheStep;
-
-  // The cache's rows at which runs of kCacheStep tokens begin; returns how many runs there are.
-  static int locate(const RowBlock& block, int64_t start, int64_t end, int64_t* places) {
-    const Attention& p = block.problem;
-    const int32_t* table = p.block_table + block.sequence * p.table_width;
-    int count = 0;
-    for (; count < kSteps && start < end; ++count, start += kCacheStep) {
-      places[count] = (table[start / p.block_size] * p.kv_heads + block.kv_head) * p.block_size + start % p.block_size;
-    }
-    return count;
-  }
-
-  // A copy of the last run's values, zero from token `left` on: what lies there is somebody else's, or nothing.
-  const bf16* without_strangers(const bf16* values, int left) const {
-    std::memcpy(tail_, values, static_cast<size_t>(divide_up(left, 2) * 2 * value_size_) * 2);
-    if (left % 2) {
-      bf16* line = tail_ + left / 2 * 2 * value_size_;
-      for (int64_t e = 0; e < value_size_; ++e) line[2 * e + 1].bits = 0;
-    }
-    const int64_t whole = divide_up(left, 2) * 2;
-    std::memset(tail_ + whole * value_size_, 0, static_cast<size_t>((kCacheStep - whole) * value_size_) * 2);
-    return tail_;
-  }
 
   // `Two`: rows of a second state follow those of the first.
   template <bool Two>
@@ -144,11 +123,6 @@ class AmxTiles {
     add_values<Two>(upper, lower);
   }
 
-  // Asks for a run of keys or values.
-  TM_INLINE static void ask(const bf16* run, int64_t size) {
-    for (int64_t i = 0; i < kCacheStep * size; i += 32) __builtin_prefetch(run + i, 0, 3);
-  }
-
   // Raw scores of one run of keys.
   template <bool Two>
   void score(int64_t first, int step) {
@@ -160,7 +134,7 @@ class AmxTiles {
     float* to = scores_[0] + step * kCacheStep;
     tile_fence(upper);
     tile_fence(left);
-    if (alone_) ask(values_[step], value_size_);
+    if (alone_) ask_for_run(values_[step], value_size_);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -280,7 +254,7 @@ class AmxTiles {
         if (pair) _tile_loadd(3, below + 16, line);
       }
       for (int step = 0; step < steps_; ++step) {
-        if (e == 0 && awaited_[step]) ask(awaited_[step], key_size_);
+        if (e == 0 && awaited_[step]) ask_for_run(awaited_[step], key_size_);
         _tile_loadd(4, weights_[0] + step * kCacheStep, kTile * 2);
         if (Two) _tile_loadd(5, weights_[kQueryRows] + step * kCacheStep, kTile * 2);
         if (pair) {

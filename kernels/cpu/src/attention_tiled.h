@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "attention.h"
-#include "cache_layout.h"
+#include "cached_runs.h"
 #include "product.h"
 #include "threads.h"
 
@@ -44,7 +44,7 @@ class TiledVectorTiles {
   void expect(const RowBlock& block, int64_t start, int64_t end) {
     if (!alone_) return;
     int64_t place[kSteps];
-    const int count = locate(block, start, end, place);
+    const int count = locate_runs(block, start, end, kSteps, place);
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
     for (int step = 0; step < kSteps; ++step) awaited_[step] = step < count ? keys + place[step] * key_size_ : nullptr;
   }
@@ -53,7 +53,7 @@ class TiledVectorTiles {
   void load_tile(int64_t start, int64_t end) {
     start_ = start;
     int64_t place[kSteps];
-    steps_ = locate(block_, start, end, place);
+    steps_ = locate_runs(block_, start, end, kSteps, place);
     const bf16* keys = static_cast<const bf16*>(block_.problem.k_cache);
     const bf16* values = static_cast<const bf16*>(block_.problem.v_cache);
     for (int step = 0; step < steps_; ++step) {
@@ -61,7 +61,9 @@ class TiledVectorTiles {
       values_[step] = values + place[step] * value_size_;
     }
     const int count = static_cast<int>(end < start + kTile ? end - start : kTile);
-    if (const int left = count % kCacheStep) values_[steps_ - 1] = without_strangers(values_[steps_ - 1], left);
+    if (const int left = count % kCacheStep) {
+      values_[steps_ - 1] = without_strangers(values_[steps_ - 1], left, value_size_, tail_);
+    }
   }
 
   // Adds the tile to the states of the block's rows from `first` on, kRows of them.
@@ -79,37 +81,11 @@ class TiledVectorTiles {
  private:
   static constexpr int kSteps = kTile / kCacheStep;
 
-  // The cache's rows at which runs of kCacheStep tokens begin; returns how many runs there are.
-  static int locate(const RowBlock& block, int64_t start, int64_t end, int64_t* places) {
-    const Attention& p = block.problem;
-    const int32_t* table = p.block_table + block.sequence * p.table_width;
-    int count = 0;
-    for (; count < kSteps && start < end; ++count, start += kCacheStep) {
-      places[count] = (table[start / p.block_size] * p.kv_heads + block.kv_head) * p.block_size + start % p.block_size;
-    }
-    return count;
-  }
-
-  // A copy of the last run's values, zero from token `left` on: what lies there is somebody else's, or nothing.
-  const bf16* without_strangers(const bf16* values, int left) const {
-    const int64_t whole = left / 2 * 2 * value_size_;
-    std::memcpy(tail_, values, static_cast<size_t>(whole) * 2);
-    std::memset(tail_ + whole, 0, static_cast<size_t>(kCacheStep * value_size_ - whole) * 2);
-    if (left % 2) {
-      for (int64_t e = whole; e < whole + 2 * value_size_; e += 2) tail_[e] = values[e];
-    }
-    return tail_;
-  }
-
-  TM_INLINE static void ask(const bf16* run, int64_t size) {
-    for (int64_t i = 0; i < kCacheStep * size; i += 32) __builtin_prefetch(run + i, 0, 3);
-  }
-
   // Raw scores of the tile's first `steps` runs.
   void score(int64_t first, int rows, int steps) const {
     std::memset(scores_, 0, static_cast<size_t>(rows) * kTile * 4);
     for (int step = 0; step < steps; ++step) {
-      if (alone_) ask(values_[step], value_size_);
+      if (alone_) ask_for_run(values_[step], value_size_);
       const Lines<bf16> keys{keys_[step], kPair, 16 * key_size_, 16 * kPair};
       in_row_blocks(rows, [&](int r, auto height) {
         dot_pair<decltype(height)::value>(queries_ + (first + r) * key_size_, key_size_, keys, key_size_ / kStep,
@@ -161,7 +137,7 @@ class TiledVectorTiles {
   void add_values(int rows, int steps, const State& state) const {
     for (int64_t e = 0; e < value_size_; e += kPair) {
       for (int step = 0; step < steps; ++step) {
-        if (e == 0 && awaited_[step]) ask(awaited_[step], key_size_);
+        if (e == 0 && awaited_[step]) ask_for_run(awaited_[step], key_size_);
         const Lines<bf16> values{values_[step] + 2 * e, 2 * value_size_, kPair, 0};
         in_row_blocks(rows, [&](int r, auto height) {
           constexpr int R = decltype(height)::value;
