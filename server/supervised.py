@@ -106,6 +106,8 @@ class Supervised(ABC, Generic[C, E]):
         self._idle_s = 0.0
         self._retry_after_s: int | None = None
         self._load_error: str | None = None
+        self._ready_at: float | None = None
+        """When the present process, or the last one, began to serve, by the loop's clock."""
         self._served = False
         self._crashed = False
         self._leaving = False
@@ -241,12 +243,12 @@ class Supervised(ABC, Generic[C, E]):
                 while not self._wanted.is_set():
                     await self._wanted.wait()
                 self._set("loading")
-                begun = loop.time()
                 ending = await self._run_once()
                 if ending is None:
                     self._failures = 0
                     continue
-                self._failures = 1 if loop.time() - begun > STEADY_S else self._failures + 1
+                steady = self._ready_at is not None and loop.time() - self._ready_at > STEADY_S
+                self._failures = 1 if steady else self._failures + 1
                 if not self._served and (self._load_error is not None or self._failures >= LOAD_ATTEMPTS):
                     self._wanted.clear()
                     self._fail(ending)
@@ -284,7 +286,7 @@ class Supervised(ABC, Generic[C, E]):
         """One engine process from start to end; why it ended, or None when it was unloaded on purpose."""
         self._lost = self._leaving = False
         self._silent_s = self._idle_s = 0.0
-        self._engine = self._load_error = ending = None
+        self._engine = self._load_error = self._ready_at = ending = None
         self._stir.clear()
         try:
             self._process = process = self._process or self._spawn()
@@ -363,6 +365,7 @@ class Supervised(ABC, Generic[C, E]):
     def _on_ready(self, engine: E) -> None:
         """The process has loaded what it serves."""
         self._engine = engine
+        self._ready_at = asyncio.get_running_loop().time()
         self._served = True
         self._crashed = False
         self._set("loaded")

@@ -280,6 +280,7 @@ def test_model_that_can_not_be_loaded(start: Start) -> None:
 
 def test_engine_that_dies_while_loading_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.server.supervised.FIRST_RESTART_S", 0.01)
+    monkeypatch.setattr("tokenmill.server.supervised.STEADY_S", 0.0)  # long loading isn't long service
     live = start(ONE_MODEL, mode="crash_loading")
     eventually(lambda: live.client.get("/health").json()["models"] == {MODEL: "failed"})
     eventually(
