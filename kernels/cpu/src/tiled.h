@@ -3,8 +3,8 @@
 //   plain   [rows][width]
 //   tiled   [rows / 32][width / 32][32 rows][32]   operands of the matrix unit as they lie there
 //
-// Tiled, what a product reads is one stream, whatever the width; rows of several KiB are so many pages instead, which
-// neither prefetching nor the caches' few ways for equal addresses can bear.
+// Tiled, what a product reads is one stream, whatever the width, where plain rows of several KiB lie pages apart. How
+// much that is worth is measured in bench/NOTES.md.
 #pragma once
 
 #include <cstdint>
