@@ -7,7 +7,7 @@ copy (src/packed.h) replaces the weight: `rows()` gives single rows back, for a 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.memory import arena
 
-BFLOAT16, FLOAT32, INT8, INT4 = range(4)
+BFLOAT16, FLOAT32, INT8, INT4, CODED = range(5)
 _FORMATS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 
@@ -33,6 +33,9 @@ class PackedStruct(ctypes.Structure):
         ("minima", c_int32),
         ("activation", c_int32),
         ("unit", c_float),
+        ("exceptions", c_void_p),
+        ("exception_count", c_int64),
+        ("upper", c_uint8 * 16),
     )
 
 
@@ -51,6 +54,19 @@ class PackedLinear:
         struct = PackedStruct(format=_FORMATS[weight.dtype], group=32, unit=1.0)
         self._lay_out(struct, weight.shape[0], weight.shape[1], activation)
         weight = weight.contiguous()
+        import os
+        if struct.format == BFLOAT16 and os.environ.get("CODED", "1") == "1":
+            struct.format = CODED
+            self._lay_out(struct, weight.shape[0], weight.shape[1], activation)
+            required().tm_code_table(self._address, weight.data_ptr())
+            room = weight.numel() // 256 + 1
+            self.exceptions = torch.empty(room * 8, dtype=torch.uint8)
+            struct.exceptions = self.exceptions.data_ptr()
+            n = required().tm_pack_coded(self._address, weight.data_ptr(), self.data.data_ptr(), struct.exceptions, room)
+            assert n >= 0
+            struct.exception_count = n
+            self._set_bias(bias)
+            return
         required().tm_pack(self._address, weight.data_ptr(), self.data.data_ptr())
         self._set_bias(bias)
 

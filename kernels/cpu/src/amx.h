@@ -47,11 +47,10 @@ inline void configure_tiles(int rows) {
 
 // sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps. The tiles must be configured for
 // `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the shadow of the matrix unit.
-template <class Between>
-TM_INLINE void amx_product(const Inputs<bf16>& x, const bf16* weight, int64_t steps, int rows, float* sums, bool fresh,
+template <class Weight, class Between>
+TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t steps, int rows, float* sums, bool fresh,
                            const Between& between) {
   constexpr int kLine = kPair * 4;
-  tile_fence(weight);
   tile_fence(x.at);
   tile_fence(sums);
   const int64_t row_bytes = x.row * 2, next = x.step;
@@ -73,9 +72,9 @@ TM_INLINE void amx_product(const Inputs<bf16>& x, const bf16* weight, int64_t st
   if (rows <= 16) {
     for (int64_t k = 0; k < steps; ++k, upper += next) {
       _tile_loadd(4, upper, row_bytes);
-      _tile_loadd(6, weight + k * kStepElements, 64);
+      _tile_loadd(6, weight(k), 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
+      _tile_loadd(7, weight(k) + kTileElements, 64);
       _tile_dpbf16ps(1, 4, 7);
       between(k);
     }
@@ -84,9 +83,9 @@ TM_INLINE void amx_product(const Inputs<bf16>& x, const bf16* weight, int64_t st
     for (int64_t k = 0; k < steps; ++k, upper += next, below += next) {
       between(k);
       _tile_loadd(4, upper, row_bytes);
-      _tile_loadd(6, weight + k * kStepElements, 64);
+      _tile_loadd(6, weight(k), 64);
       _tile_loadd(5, below, row_bytes);
-      _tile_loadd(7, weight + k * kStepElements + kTileElements, 64);
+      _tile_loadd(7, weight(k) + kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(1, 4, 7);

@@ -16,34 +16,69 @@
 #include <vector>
 
 #include "api.h"
+#include "coded.h"
 #include "grouped_task.h"
 #include "integers.h"
-#include "plain_task.h"
-#include "threads.h"
-#include "unpacked_task.h"
+#include "piece_task.h"
+#include "ring_task.h"
+#include "single_row.h"
+#include "unpack.h"
 
 namespace tokenmill {
 namespace {
 
 constexpr int64_t kMaxPanelRows = 512;
 
-// Rows [first, last) of the pairs [begin, end).
+// The pairs [begin, end) times rows [first, last).
+struct Part {
+  int64_t begin, end, first, last;
+};
+
+template <class T, class Source>
+void by_pieces(const Call& call, const Operand<T>& operand, const Part& part) {
+  PieceTask<T, Source>(call, operand, part.first, part.last).run(part.begin, part.end);
+}
+
+template <class Steps, class T>
+void unpacked(const Call& call, const Operand<T>& operand, const Part& part) {
+#if defined(__AMX_BF16__)
+  if constexpr (kAmx<T, bf16>) {
+    if (part.last - part.first <= kBlock) {
+      return RingTask<Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
+    }
+  }
+#endif
+  by_pieces<T, Unpacked<Steps>>(call, operand, part);
+}
+
+#if defined(__AMX_BF16__)
+void quantized(const Call& call, const Operand<bf16>& operand, const Part& part) {
+  if (call.weight.format == kInt4) return unpacked<ValueSteps<kInt4>>(call, operand, part);
+  if (!call.weight.row_wide()) return unpacked<ValueSteps<kInt8>>(call, operand, part);
+  if (part.last - part.first > 1) return unpacked<ByteSteps>(call, operand, part);
+  single_row_task(call, operand, part.begin, part.end, part.first);
+}
+#else
+void quantized(const Call&, const Operand<bf16>&, const Part&) {}  // without a matrix unit in integers
+#endif
+
+void quantized(const Call& call, const Operand<float>& operand, const Part& part) {
+  for (int64_t pair = part.begin; pair < part.end; ++pair) {
+    GroupedTask<float>(call, operand, pair, part.first, part.last).run();
+  }
+}
+
 template <class T>
-void run_task(const Call& call, const Operand<T>& operand, int64_t begin, int64_t end, int64_t first, int64_t last) {
+void run_task(const Call& call, const Operand<T>& operand, const Part& part) {
   const Packed& w = call.weight;
   if (w.quantized()) {
-    if constexpr (sizeof(T) == 4) {
-      for (int64_t pair = begin; pair < end; ++pair) GroupedTask<T>(call, operand, pair, first, last).run();
-    }
-#if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == 2) unpacked_task(call, operand, begin, end, first, last);
-#endif
-  } else {
-    if (w.format != kF32) {
-      PlainTask<T, bf16>(call, operand, first, last).run(begin, end);
-    } else if constexpr (sizeof(T) == 4) {
-      PlainTask<T, float>(call, operand, first, last).run(begin, end);
-    }
+    quantized(call, operand, part);
+  } else if (w.format == kCoded) {
+    unpacked<CodedSteps>(call, operand, part);
+  } else if (w.format == kBf16) {
+    by_pieces<T, InPlace<bf16>>(call, operand, part);
+  } else if constexpr (sizeof(T) == 4) {
+    by_pieces<T, InPlace<float>>(call, operand, part);
   }
 #if defined(__AMX_BF16__)
   _tile_release();
@@ -82,10 +117,10 @@ void spread(const Call& call, int64_t row_bytes, int64_t least, const Work& work
 template <class T, class X>
 void run(const Call& call, const X* x) {
   const Operand<T> operand = prepare<T>(x, call.x_tiled, call.weight, call.rows);
-  const int64_t least = kAmx<T, bf16> && !call.weight.quantized() ? 256 : 128;  // PlainTask copes with more than fits
+  const int64_t least = kAmx<T, bf16> ? 256 : 128;  // PieceTask copes with more than fits
   spread(call, operand.layout.width * static_cast<int64_t>(sizeof(T)), least,
          [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-           run_task(call, operand, begin, end, first, last);
+           run_task(call, operand, {begin, end, first, last});
          });
 }
 

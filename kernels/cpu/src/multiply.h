@@ -33,7 +33,8 @@ template <class Between>
 TM_INLINE void multiply(const Inputs<bf16>& x, const bf16* weight, int64_t steps, int rows, float* sums, bool fresh,
                         const Between& between) {
 #if defined(__AMX_BF16__)
-  amx_product(x, weight, steps, rows, sums, fresh, between);
+  tile_fence(weight);
+  amx_product(x, [weight](int64_t k) { return weight + k * kStepElements; }, steps, rows, sums, fresh, between);
 #else
   vector_product(x.at, x.row, weight, steps, rows, sums, fresh, between);
 #endif

@@ -1,6 +1,9 @@
 // Weights into the packed layout (packed.h), and single rows back out of it.
+#include <algorithm>
+#include <vector>
+
 #include "api.h"
-#include "packed.h"
+#include "coded.h"
 #include "threads.h"
 
 namespace tokenmill {
@@ -19,6 +22,34 @@ void pack_bf16(const Packed& w, const bf16* weight, int64_t pair, bf16* to) {
     }
   }
 }
+
+// Steps to coded steps.
+class CodeTable {
+ public:
+  explicit CodeTable(const Packed& w) {
+    std::memset(code_, kNone, sizeof code_);
+    for (int i = 0; i < 16; ++i) code_[w.upper[i]] = static_cast<uint8_t>(i);
+  }
+
+  void encode(const bf16* step, uint32_t number, uint8_t* to, std::vector<Exception>& exceptions) const {
+    std::memset(to, 0, kCodedStepBytes);
+    for (int i = 0; i < kStepElements; ++i) {
+      const CodedPlace at(i % 128);
+      uint8_t* group = to + i / 128 * 192;
+      const uint8_t code = code_[step[i].bits >> 8];
+      if (code == kNone) {
+        exceptions.push_back({number, static_cast<uint16_t>(i), step[i].bits});
+      } else {
+        group[at.byte] |= static_cast<uint8_t>(code << at.shift);
+      }
+      group[64 + at.lower] = static_cast<uint8_t>(step[i].bits);
+    }
+  }
+
+ private:
+  static constexpr uint8_t kNone = 255;
+  uint8_t code_[256];
+};
 
 void pack_f32(const Packed& w, const float* weight, int64_t pair, float* to) {
   for (int c = 0; c < kPair; ++c) {
@@ -46,9 +77,18 @@ float quantized_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
   return value * w.unit;
 }
 
+float coded_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
+  bf16 step[kStepElements];
+  CodedSteps steps(w);
+  steps.seek((pair - w.data) / kCodedStepBytes + k / kStep);
+  steps.unpack(pair, k / kStep, step);
+  return to_float(step[place_in_step(static_cast<int>(k % kStep), c)]);
+}
+
 float packed_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
   if (w.format == kF32) return reinterpret_cast<const float*>(pair)[k * kPair + c];
   if (w.quantized()) return quantized_value(w, pair, k, c);
+  if (w.format == kCoded) return coded_value(w, pair, k, c);
   const bf16* step = reinterpret_cast<const bf16*>(pair) + k / kStep * kStepElements;
   return to_float(step[place_in_step(static_cast<int>(k % kStep), c)]);
 }
@@ -75,6 +115,47 @@ void unpack_row(const Packed& w, const uint8_t* pair, int c, T* row) {
 
 }  // namespace
 }  // namespace tokenmill
+
+// The upper bytes that a coded weight's table holds: zeros and the commonest exponents with either sign, by a sample.
+TM_API void tm_code_table(tokenmill::Packed* packed, const tokenmill::bf16* weight) {
+  using namespace tokenmill;
+  int64_t counts[128] = {};
+  const int64_t count = packed->in * packed->out, stride = std::max<int64_t>(1, count / (1 << 18)) | 1;
+  for (int64_t i = 0; i < count; i += stride) ++counts[weight[i].bits >> 8 & 127];
+  for (int i = 0; i < 8; ++i) {
+    const int64_t best = std::max_element(counts, counts + 128) - counts;
+    counts[best] = -1;
+    packed->upper[i] = static_cast<uint8_t>(best);
+    packed->upper[i + 8] = static_cast<uint8_t>(best | 128);
+  }
+}
+
+// Packs `weight` [out, in] bfloat16 into `to`, and what its table lacks into `exceptions` [room]. Their number, or -1
+// where they are more.
+TM_API int64_t tm_pack_coded(const tokenmill::Packed* packed, const void* weight, void* to,
+                             tokenmill::Exception* exceptions, int64_t room) {
+  using namespace tokenmill;
+  const Packed& w = *packed;
+  const CodeTable table(w);
+  std::vector<std::vector<Exception>> found(static_cast<size_t>(w.pairs()));
+  parallel_for(w.pairs(), [&](int64_t pair) {
+    bf16* plain = scratch<bf16>(kPanel, w.steps() * kStepElements);
+    pack_bf16(w, static_cast<const bf16*>(weight), pair, plain);
+    uint8_t* place = static_cast<uint8_t*>(to) + pair * w.pair_bytes();
+    for (int64_t step = 0; step < w.steps(); ++step) {
+      table.encode(plain + step * kStepElements, static_cast<uint32_t>(pair * w.steps() + step),
+                   place + step * kCodedStepBytes, found[static_cast<size_t>(pair)]);
+    }
+  });
+  int64_t count = 0;
+  for (const std::vector<Exception>& some : found) {
+    if (count + static_cast<int64_t>(some.size()) >= room) return -1;
+    std::copy(some.begin(), some.end(), exceptions + count);
+    count += static_cast<int64_t>(some.size());
+  }
+  exceptions[count] = {UINT32_MAX, 0, 0};
+  return count;
+}
 
 TM_API int64_t tm_packed_bytes(const tokenmill::Packed* weight) { return weight->pairs() * weight->pair_bytes(); }
 

@@ -23,7 +23,7 @@
 
 namespace tokenmill {
 
-enum Format { kBf16 = 0, kF32 = 1, kInt8 = 2, kInt4 = 3 };
+enum Format { kBf16 = 0, kF32 = 1, kInt8 = 2, kInt4 = 3, kCoded = 4 };
 
 constexpr int kStep = 32;                    // inputs a step
 constexpr int kPair = 32;                    // packed columns a pair
@@ -31,6 +31,15 @@ constexpr int kTileElements = 16 * kStep;    // of one tile
 constexpr int kStepElements = 2 * kTileElements;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A value of a coded weight that the table of upper bytes doesn't hold (coded.h).
+struct Exception {
+  uint32_t step;   // of the whole weight: pair * steps() + step
+  uint16_t place;  // among the step's elements
+  uint16_t value;
+};
+
+constexpr int64_t kCodedStepBytes = kStepElements / 2 * 3;
 
 // One packed weight; linear.py fills in the same structure.
 struct Packed {
@@ -44,6 +53,9 @@ struct Packed {
   int32_t minima;      // whether a group has minima beside its scales
   int32_t activation;  // not kNone: gate rows and up rows
   float unit;          // a power of two that scales and minima are multiplied by
+  const Exception* exceptions;  // of a coded weight, in order, and one whose step is beyond all
+  int64_t exception_count;
+  uint8_t upper[16];            // the upper bytes that its nibbles stand for
 
   bool gated() const { return activation != 0; }
   int64_t width() const { return gated() ? out / 2 : out; }  // of the result
@@ -60,6 +72,7 @@ struct Packed {
   int64_t pair_bytes() const {
     if (format == kBf16) return steps() * kStepElements * 2;
     if (format == kF32) return in * kPair * 4;
+    if (format == kCoded) return steps() * kCodedStepBytes;
     return groups() * group_bytes();
   }
   const uint8_t* pair(int64_t index) const { return data + index * pair_bytes(); }

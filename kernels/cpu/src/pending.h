@@ -10,11 +10,11 @@ namespace tokenmill {
 // after it, which leave its sums alone.
 class Pending {
  public:
-  explicit Pending(const Call& call) : call_(call) {}
+  explicit Pending(const Call& call) : call_(call), scaled_(call.weight.row_wide()) {}
   ~Pending() { finish_rows(left_); }
 
   // The next block, whose sums are [rows][32], is multiplied; what was pending is finished.
-  void push(int64_t pair, int64_t first, int rows, const float* sums) {
+  void push(int64_t pair, int64_t first, int rows, float* sums) {
     finish_rows(left_);
     pair_ = pair;
     row_ = first;
@@ -27,6 +27,7 @@ class Pending {
   TM_INLINE void finish_rows(int rows) {
     if (left_ == 0) return;
     if (rows > left_) rows = left_;
+    if (scaled_) scale_sums(call_.weight, pair_, rows, from_);
     finish(call_, pair_, row_, rows, from_);
     row_ += rows;
     from_ += rows * kPair;
@@ -35,10 +36,11 @@ class Pending {
 
  private:
   const Call& call_;
+  const bool scaled_;
   int64_t pair_ = 0;
   int64_t row_ = 0;
   int left_ = 0;
-  const float* from_ = nullptr;
+  float* from_ = nullptr;
 };
 
 }  // namespace tokenmill

@@ -24,7 +24,8 @@ bool tiles_multiply() {
     for (int c = 0; c < kPair; ++c) weight[place_in_step(k, c)] = exact((k + c) % 3);
   }
   configure_tiles(1);
-  amx_product({x, kStep, kStep}, weight, 1, 1, sums, true, [](int64_t) {});
+  tile_fence(weight);
+  amx_product({x, kStep, kStep}, [&](int64_t) { return weight; }, 1, 1, sums, true, [](int64_t) {});
   _tile_release();
   for (int c = 0; c < kPair; ++c) {
     float expected = 0;

@@ -9,6 +9,8 @@
 
 #if defined(__AMX_BF16__)
 
+#include "epilogue.h"
+#include "operand.h"
 #include "unpack.h"
 
 namespace tokenmill {
@@ -61,6 +63,21 @@ TM_INLINE void single_row(const Steps& steps, const uint8_t* pair, int64_t count
   }
   _mm512_storeu_ps(sums, totals[0]);
   _mm512_storeu_ps(sums + 16, totals[1]);
+}
+
+// The pairs [begin, end) of a weight with one scale a row times one row.
+void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t begin, int64_t end, int64_t row) {
+  const Packed& w = call.weight;
+  const ByteSteps steps(w);
+  const int64_t inputs = w.padded_in(), count = inputs / kStep;
+  float* x = scratch<float>(kPanel, inputs);
+  for (int64_t k = 0; k < inputs; k += kLanes) store(x + k, load(operand.x + row * operand.layout.width + k));
+  alignas(64) float sums[kPair];
+  for (int64_t pair = begin; pair < end; ++pair) {
+    single_row(steps, w.pair(pair), count, w.pair_bytes() / count, kAhead, x, sums);
+    scale_sums(w, pair, 1, sums);
+    finish(call, pair, row, 1, sums);
+  }
 }
 
 }  // namespace tokenmill

@@ -102,6 +102,8 @@ class ValueSteps {
     nibble_ = _mm512_load_ps(values);
   }
 
+  void seek(int64_t) {}
+
   TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) const {
     const int64_t k = step * kStep, group_bytes = w_.group_bytes();
     const uint8_t* group = pair + (k >> shift_) * group_bytes;
@@ -180,6 +182,8 @@ class ValueSteps {
 class ByteSteps {
  public:
   explicit ByteSteps(const Packed& weight) : w_(weight) {}
+
+  void seek(int64_t) {}
 
   TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) const {
     unpack_bytes(pair + w_.scale_bytes() + step * kStepElements, kStepElements, to);

@@ -1,0 +1,91 @@
+// A weight's steps one after the other, as what multiplies them wants them.
+//
+//   InPlace<W>       where they lie, bfloat16 or float32
+//   Unpacked<Steps>  put together in a buffer: coded bfloat16 (coded.h), quantized values or integers (unpack.h)
+#pragma once
+
+#include "packed.h"
+#include "threads.h"
+
+namespace tokenmill {
+
+// Steps that have to be put together first, in the order of memory: on from a pair's last step comes the next pair.
+template <class Steps>
+class Stream {
+ public:
+  explicit Stream(const Packed& weight)
+      : w_(weight), steps_(weight), count_(weight.padded_in() / kStep), step_bytes_(weight.pair_bytes() / count_) {
+    to(0, 0);
+  }
+
+  TM_INLINE void seek(int64_t pair, int64_t step) {
+    if (w_.pair(pair) != pair_ || step != step_) to(pair, step);
+  }
+
+  TM_INLINE void next(bf16* step) {
+    steps_.unpack(pair_, step_, step);
+    if (++step_ < count_) return;
+    step_ = 0;
+    pair_ += w_.pair_bytes();
+  }
+
+  // Asks for a step's share of what comes `ahead` bytes later.
+  TM_INLINE void ask(int64_t ahead) const {
+    const uint8_t* from = pair_ + step_ * step_bytes_ + ahead;
+    for (int64_t i = 0; i < step_bytes_; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+
+  int64_t steps() const { return count_; }
+
+ private:
+  void to(int64_t pair, int64_t step) {
+    pair_ = w_.pair(pair);
+    step_ = step;
+    steps_.seek(pair * count_ + step);
+  }
+
+  const Packed& w_;
+  Steps steps_;
+  const int64_t count_;
+  const int64_t step_bytes_;
+  const uint8_t* pair_;
+  int64_t step_;
+};
+
+// Sources of pieces for PieceTask. `at` is where the piece that was filled last begins.
+template <class W>
+class InPlace {
+ public:
+  using Weight = W;
+  static constexpr bool kUnpacks = false;
+
+  InPlace(const Packed& weight, int64_t) : w_(weight) {}
+
+  TM_INLINE const W* at(int64_t pair, int64_t step) const {
+    return reinterpret_cast<const W*>(w_.pair(pair)) + step * kPair * (sizeof(W) == 2 ? kStep : 1);
+  }
+  TM_INLINE void seek(int64_t, int64_t) {}
+  TM_INLINE void fill(int64_t) {}
+
+ private:
+  const Packed& w_;
+};
+
+template <class Steps>
+class Unpacked {
+ public:
+  using Weight = bf16;
+  static constexpr bool kUnpacks = true;
+
+  Unpacked(const Packed& weight, int64_t piece) : stream_(weight), buffer_(scratch<bf16>(kPanel, piece * kStepElements)) {}
+
+  TM_INLINE const bf16* at(int64_t, int64_t) const { return buffer_; }
+  TM_INLINE void seek(int64_t pair, int64_t step) { stream_.seek(pair, step); }
+  TM_INLINE void fill(int64_t place) { stream_.next(buffer_ + place * kStepElements); }
+
+ private:
+  Stream<Steps> stream_;
+  bf16* buffer_;
+};
+
+}  // namespace tokenmill
