@@ -37,7 +37,6 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_packed_bytes": (c_int64, (c_void_p,)),
     "tm_pairs": (c_int64, (c_void_p,)),
     "tm_pack": (None, (c_void_p, c_void_p, c_void_p)),
-    "tm_code_table": (None, (c_void_p, c_void_p)),
     "tm_pack_coded": (c_int64, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64)),
     "tm_pack_columns": (None, (c_void_p, c_void_p, c_void_p)),
     "tm_pack_quantized": (None, (c_void_p, c_int, c_void_p, c_void_p)),

@@ -1,7 +1,8 @@
 """Linear layers over weights packed once: `y = act(x W_gate^T) * (x W_up^T)` or `x W^T + bias + residual`.
 
 A row's result is the same bits alone, at any place of any batch, and for any number of threads. The packed
-copy (src/packed.h) replaces the weight: `rows()` gives single rows back, for a tied embedding.
+copy (src/packed.h) replaces the weight: `rows()` gives single rows back, for a tied embedding. bfloat16 takes 12 bits
+a value there (src/coded.h), to the bit what it was, since decoding waits for memory more than for anything else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from tokenmill.kernels.cpu.memory import arena
 
 BFLOAT16, FLOAT32, INT8, INT4, CODED = range(5)
 _FORMATS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+
+CODED_ON = {"amx"}
+"""Instruction sets whose kernels put coded weights together in the shadow of their products."""
+EXCEPTION_RATE = 256
+"""A weight stays as it is if more than one value in so many isn't among those that the code holds."""
 
 
 class PackedStruct(ctypes.Structure):
@@ -51,24 +57,29 @@ class PackedLinear:
             raise ValueError(
                 f"a weight must be bfloat16 or float32 [out, in], not {weight.dtype} {list(weight.shape)}"
             )
-        struct = PackedStruct(format=_FORMATS[weight.dtype], group=32, unit=1.0)
-        self._lay_out(struct, weight.shape[0], weight.shape[1], activation)
         weight = weight.contiguous()
-        import os
-        if struct.format == BFLOAT16 and os.environ.get("CODED", "1") == "1":
-            struct.format = CODED
+        if not self._pack_coded(weight, activation):
+            struct = PackedStruct(format=_FORMATS[weight.dtype], group=32, unit=1.0)
             self._lay_out(struct, weight.shape[0], weight.shape[1], activation)
-            required().tm_code_table(self._address, weight.data_ptr())
-            room = weight.numel() // 256 + 1
-            self.exceptions = torch.empty(room * 8, dtype=torch.uint8)
-            struct.exceptions = self.exceptions.data_ptr()
-            n = required().tm_pack_coded(self._address, weight.data_ptr(), self.data.data_ptr(), struct.exceptions, room)
-            assert n >= 0
-            struct.exception_count = n
-            self._set_bias(bias)
-            return
-        required().tm_pack(self._address, weight.data_ptr(), self.data.data_ptr())
+            required().tm_pack(self._address, weight.data_ptr(), self.data.data_ptr())
         self._set_bias(bias)
+
+    def _pack_coded(self, weight: Tensor, activation: str | None) -> bool:
+        """Keep a bfloat16 weight in 12 bits a value, where its exponents allow it and the kernels gain by it."""
+        if weight.dtype != torch.bfloat16 or required().isa not in CODED_ON:
+            return False
+        struct = PackedStruct(format=CODED, group=32, unit=1.0)
+        self._lay_out(struct, weight.shape[0], weight.shape[1], activation)
+        room = weight.numel() // EXCEPTION_RATE + 1
+        exceptions = torch.empty(room, dtype=torch.int64)
+        count = required().tm_pack_coded(
+            self._address, weight.data_ptr(), self.data.data_ptr(), exceptions.data_ptr(), room
+        )
+        if count < 0:
+            return False
+        self._exceptions = exceptions[: count + 1].clone()
+        struct.exceptions, struct.exception_count = self._exceptions.data_ptr(), count
+        return True
 
     def _lay_out(self, struct: PackedStruct, outputs: int, inputs: int, activation: str | None) -> None:
         """Fill in the sizes and allocate the packed data."""

@@ -23,33 +23,19 @@ void pack_bf16(const Packed& w, const bf16* weight, int64_t pair, bf16* to) {
   }
 }
 
-// Steps to coded steps.
-class CodeTable {
- public:
-  explicit CodeTable(const Packed& w) {
-    std::memset(code_, kNone, sizeof code_);
-    for (int i = 0; i < 16; ++i) code_[w.upper[i]] = static_cast<uint8_t>(i);
+// The table of upper bytes: the commonest exponents of a sample, with either sign.
+void choose_table(Packed& w, const bf16* weight) {
+  constexpr int64_t kSample = 1 << 18;
+  int64_t counts[128] = {};
+  const int64_t size = w.in * w.out, stride = size / kSample | 1;
+  for (int64_t i = 0; i < size; i += stride) ++counts[weight[i].bits >> 8 & 127];
+  for (int i = 0; i < 8; ++i) {
+    const int64_t best = std::max_element(counts, counts + 128) - counts;
+    counts[best] = -1;
+    w.upper[i] = static_cast<uint8_t>(best);
+    w.upper[i + 8] = static_cast<uint8_t>(best | 128);
   }
-
-  void encode(const bf16* step, uint32_t number, uint8_t* to, std::vector<Exception>& exceptions) const {
-    std::memset(to, 0, kCodedStepBytes);
-    for (int i = 0; i < kStepElements; ++i) {
-      const CodedPlace at(i % 128);
-      uint8_t* group = to + i / 128 * 192;
-      const uint8_t code = code_[step[i].bits >> 8];
-      if (code == kNone) {
-        exceptions.push_back({number, static_cast<uint16_t>(i), step[i].bits});
-      } else {
-        group[at.byte] |= static_cast<uint8_t>(code << at.shift);
-      }
-      group[64 + at.lower] = static_cast<uint8_t>(step[i].bits);
-    }
-  }
-
- private:
-  static constexpr uint8_t kNone = 255;
-  uint8_t code_[256];
-};
+}
 
 void pack_f32(const Packed& w, const float* weight, int64_t pair, float* to) {
   for (int c = 0; c < kPair; ++c) {
@@ -77,85 +63,71 @@ float quantized_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
   return value * w.unit;
 }
 
-float coded_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
-  bf16 step[kStepElements];
-  CodedSteps steps(w);
-  steps.seek((pair - w.data) / kCodedStepBytes + k / kStep);
-  steps.unpack(pair, k / kStep, step);
-  return to_float(step[place_in_step(static_cast<int>(k % kStep), c)]);
+struct Two {
+  bf16 inputs[2];
+};
+
+// A row from pick(step, place) of each two inputs.
+template <class Pick>
+void collect_row(const Packed& w, int c, bf16* row, const Pick& pick) {
+  for (int64_t k = 0; k < w.in; k += 2) {
+    const Two two = pick(k / kStep, place_in_step(static_cast<int>(k % kStep), c));
+    std::memcpy(row + k, &two, k + 1 < w.in ? 4 : 2);
+  }
 }
 
-float packed_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
-  if (w.format == kF32) return reinterpret_cast<const float*>(pair)[k * kPair + c];
-  if (w.quantized()) return quantized_value(w, pair, k, c);
-  if (w.format == kCoded) return coded_value(w, pair, k, c);
-  const bf16* step = reinterpret_cast<const bf16*>(pair) + k / kStep * kStepElements;
-  return to_float(step[place_in_step(static_cast<int>(k % kStep), c)]);
+void copy_plain_row(const Packed& w, const uint8_t* pair, int c, bf16* row) {
+  collect_row(w, c, row, [&](int64_t step, int place) {
+    Two two;
+    std::memcpy(&two, reinterpret_cast<const bf16*>(pair) + step * kStepElements + place, sizeof two);
+    return two;
+  });
+}
+
+void copy_coded_row(const Packed& w, const uint8_t* pair, int c, bf16* row) {
+  collect_row(w, c, row, [&](int64_t step, int place) {
+    const uint8_t* lines = pair + step * kCodedStepBytes + place / kFourLines * kFourLinesBytes;
+    const CodedPlace at(place % kFourLines), next(place % kFourLines + 1);
+    return Two{{{coded_value(lines, at, w.upper)}, {coded_value(lines, next, w.upper)}}};
+  });
+  const int64_t first = (pair - w.data) / kCodedStepBytes;
+  for (const Exception* e = exceptions_from(w, first); e->step < first + w.steps(); ++e) {
+    const int line = e->place / 32, column = line / 16 * 16 + e->place % 32 / 2;
+    const int64_t k = (e->step - first) * kStep + line % 16 * 2 + e->place % 2;
+    if (column == c && k < w.in) row[k].bits = e->value;
+  }
 }
 
 // A row of a bfloat16 weight as it was.
 void copy_row(const Packed& w, const uint8_t* pair, int c, bf16* row) {
-  const bf16* place = reinterpret_cast<const bf16*>(pair) + place_in_step(0, c);
-  for (int64_t k = 0; k + 1 < w.in; k += 2) {
-    std::memcpy(row + k, place + k / kStep * kStepElements + k % kStep / 2 * 32, 4);
+  if (w.format == kCoded) {
+    copy_coded_row(w, pair, c, row);
+  } else {
+    copy_plain_row(w, pair, c, row);
   }
-  const int64_t last = w.in - 1;
-  if (last % 2 == 0) row[last] = place[last / kStep * kStepElements + last % kStep / 2 * 32];
 }
 
 template <class T>
 void unpack_row(const Packed& w, const uint8_t* pair, int c, T* row) {
+  if (w.exact()) {
+    bf16* exact = scratch<bf16>(kPanel, w.in);
+    copy_row(w, pair, c, exact);
+    for (int64_t k = 0; k < w.in; k += kLanes) store_up_to(row + k, load_up_to(exact + k, w.in - k), w.in - k);
+    return;
+  }
   for (int64_t k = 0; k < w.in; k += kLanes) {
     int n = static_cast<int>(w.in - k < kLanes ? w.in - k : kLanes);
     float values[kLanes] = {};
-    for (int j = 0; j < n; ++j) values[j] = packed_value(w, pair, k + j, c);
+    for (int j = 0; j < n; ++j) {
+      values[j] = w.quantized() ? quantized_value(w, pair, k + j, c)
+                                : reinterpret_cast<const float*>(pair)[(k + j) * kPair + c];
+    }
     store_up_to(row + k, load(values), n);
   }
 }
 
 }  // namespace
 }  // namespace tokenmill
-
-// The upper bytes that a coded weight's table holds: zeros and the commonest exponents with either sign, by a sample.
-TM_API void tm_code_table(tokenmill::Packed* packed, const tokenmill::bf16* weight) {
-  using namespace tokenmill;
-  int64_t counts[128] = {};
-  const int64_t count = packed->in * packed->out, stride = std::max<int64_t>(1, count / (1 << 18)) | 1;
-  for (int64_t i = 0; i < count; i += stride) ++counts[weight[i].bits >> 8 & 127];
-  for (int i = 0; i < 8; ++i) {
-    const int64_t best = std::max_element(counts, counts + 128) - counts;
-    counts[best] = -1;
-    packed->upper[i] = static_cast<uint8_t>(best);
-    packed->upper[i + 8] = static_cast<uint8_t>(best | 128);
-  }
-}
-
-// Packs `weight` [out, in] bfloat16 into `to`, and what its table lacks into `exceptions` [room]. Their number, or -1
-// where they are more.
-TM_API int64_t tm_pack_coded(const tokenmill::Packed* packed, const void* weight, void* to,
-                             tokenmill::Exception* exceptions, int64_t room) {
-  using namespace tokenmill;
-  const Packed& w = *packed;
-  const CodeTable table(w);
-  std::vector<std::vector<Exception>> found(static_cast<size_t>(w.pairs()));
-  parallel_for(w.pairs(), [&](int64_t pair) {
-    bf16* plain = scratch<bf16>(kPanel, w.steps() * kStepElements);
-    pack_bf16(w, static_cast<const bf16*>(weight), pair, plain);
-    uint8_t* place = static_cast<uint8_t*>(to) + pair * w.pair_bytes();
-    for (int64_t step = 0; step < w.steps(); ++step) {
-      table.encode(plain + step * kStepElements, static_cast<uint32_t>(pair * w.steps() + step),
-                   place + step * kCodedStepBytes, found[static_cast<size_t>(pair)]);
-    }
-  });
-  int64_t count = 0;
-  for (const std::vector<Exception>& some : found) {
-    if (count + static_cast<int64_t>(some.size()) >= room) return -1;
-    std::copy(some.begin(), some.end(), exceptions + count);
-    count += static_cast<int64_t>(some.size());
-  }
-  exceptions[count] = {UINT32_MAX, 0, 0};
-  return count;
-}
 
 TM_API int64_t tm_packed_bytes(const tokenmill::Packed* weight) { return weight->pairs() * weight->pair_bytes(); }
 
@@ -172,6 +144,32 @@ TM_API void tm_pack(const tokenmill::Packed* packed, const void* weight, void* t
       pack_bf16(*packed, static_cast<const bf16*>(weight), pair, reinterpret_cast<bf16*>(place));
     }
   });
+}
+
+// Packs `weight` [out, in] bfloat16 into `to`, coded: chooses the table, and writes what it lacks to `exceptions`
+// [room]. Their number, or -1 where there are more, and the weight had better stay as it is.
+TM_API int64_t tm_pack_coded(tokenmill::Packed* packed, const void* weight, void* to, tokenmill::Exception* exceptions,
+                             int64_t room) {
+  using namespace tokenmill;
+  Packed& w = *packed;
+  choose_table(w, static_cast<const bf16*>(weight));
+  const CodeTable table(w);
+  std::vector<std::vector<Exception>> found(static_cast<size_t>(w.pairs()));
+  parallel_for(w.pairs(), [&](int64_t pair) {
+    bf16* plain = scratch<bf16>(kPanel, w.steps() * kStepElements);
+    pack_bf16(w, static_cast<const bf16*>(weight), pair, plain);
+    uint8_t* coded = static_cast<uint8_t*>(to) + pair * w.pair_bytes();
+    for (int64_t step = 0; step < w.steps(); ++step, plain += kStepElements, coded += kCodedStepBytes) {
+      table.encode(plain, static_cast<uint32_t>(pair * w.steps() + step), coded, found[static_cast<size_t>(pair)]);
+    }
+  });
+  Exception* end = exceptions;
+  for (const std::vector<Exception>& some : found) {
+    if (exceptions + room - end <= static_cast<int64_t>(some.size())) return -1;
+    end = std::copy(some.begin(), some.end(), end);
+  }
+  *end = {UINT32_MAX, 0, 0};
+  return end - exceptions;
 }
 
 // Puts values [out] float32 in packed order, [pairs * 32], zero where no row is.
@@ -192,7 +190,7 @@ TM_API void tm_rows(const tokenmill::Packed* packed, const int64_t* ids, int64_t
     int64_t column = packed->column_of(ids[i]);
     const uint8_t* pair = packed->pair(column / kPair);
     int c = static_cast<int>(column % kPair);
-    if (packed->format == kBf16 && type == kTypeBf16) {
+    if (packed->exact() && type == kTypeBf16) {
       copy_row(*packed, pair, c, static_cast<bf16*>(to) + i * packed->in);
       return;
     }

@@ -7,6 +7,7 @@
 //   tile 1: the same for outputs 16 .. 31
 //
 //   bfloat16   [pairs][steps][2][16][16][2]
+//   coded      [pairs][steps] of 1.5 KiB, the same values in twelve bits (coded.h)
 //   float32    [pairs][in][32]
 //   quantized  [pairs][groups]{ scales [32] half, (minima [32] half), steps of the group: integers }
 //
@@ -53,9 +54,9 @@ struct Packed {
   int32_t minima;      // whether a group has minima beside its scales
   int32_t activation;  // not kNone: gate rows and up rows
   float unit;          // a power of two that scales and minima are multiplied by
-  const Exception* exceptions;  // of a coded weight, in order, and one whose step is beyond all
+  const Exception* exceptions;  // of a coded weight, in order; one more has a step beyond all
   int64_t exception_count;
-  uint8_t upper[16];            // the upper bytes that its nibbles stand for
+  uint8_t upper[16];   // the bytes that a coded weight's nibbles stand for
 
   bool gated() const { return activation != 0; }
   int64_t width() const { return gated() ? out / 2 : out; }  // of the result
@@ -63,6 +64,7 @@ struct Packed {
   int64_t steps() const { return divide_up(in, kStep); }
   int64_t groups() const { return divide_up(in, group); }
   bool quantized() const { return format == kInt8 || format == kInt4; }
+  bool exact() const { return format == kBf16 || format == kCoded; }  // bfloat16 values, none lost
   bool row_wide() const { return quantized() && groups() == 1 && !minima; }  // one scale a row
   int depth() const { return group < kStep ? group : kStep; }  // inputs of a quantized step
   int64_t step_bytes() const { return kPair * depth() / (format == kInt4 ? 2 : 1); }
