@@ -45,11 +45,12 @@ inline void configure_tiles(int rows) {
   load_config(config);
 }
 
-// sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps. The tiles must be configured for
-// `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the shadow of the matrix unit.
+// sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps, each where weight(step) says. The
+// tiles must be configured for `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the
+// shadow of the matrix unit.
 template <class Weight, class Between>
-TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t steps, int rows, float* sums, bool fresh,
-                           const Between& between) {
+TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t steps, int rows, float* sums,
+                           bool fresh, const Between& between) {
   constexpr int kLine = kPair * 4;
   tile_fence(x.at);
   tile_fence(sums);

@@ -4,9 +4,10 @@
 // rows are few, the rows where they are many. For each pair K runs in order, so a row's result is the same bits alone
 // and in any batch:
 //
-//   plain weights            in one go
-//   quantized, x bfloat16    by the matrix unit: piece by piece, each unpacked to what it stands for in bfloat16 and
-//                            then multiplied as a plain weight is, to the same bits; else in integers (integers.h)
+//   plain weights            as they lie (PieceTask)
+//   coded, quantized         with bfloat16 x on the matrix unit: unpacked to what they stand for in bfloat16, step by
+//                            step beside the products of those before, and multiplied as plain weights are, to the
+//                            same bits (RingTask, PieceTask). Elsewhere quantized ones in integers (integers.h)
 //   quantized, x float32     group by group: the integers are multiplied, and the group's sums meet its scale:
 //                            sum += scale[group] * (x . q) + minimum[group] * sum(x over the group)
 //

@@ -9,12 +9,14 @@
 namespace tokenmill {
 namespace {
 
-// One pair of a bfloat16 weight [out, in]: 4 bytes, two inputs of one output, at a time.
-void pack_bf16(const Packed& w, const bf16* weight, int64_t pair, bf16* to) {
+// One pair of a bfloat16 weight [out, in]: 4 bytes, two inputs of one output, at a time. `padding` stands where the
+// weight has no value: it meets zeros of x, or makes columns that nobody reads.
+void pack_bf16(const Packed& w, const bf16* weight, int64_t pair, bf16 padding, bf16* to) {
   for (int c = 0; c < kPair; ++c) {
     int64_t row = w.row_of(pair, c);
     for (int64_t step = 0; step < w.steps(); ++step) {
-      bf16 inputs[kStep] = {};
+      bf16 inputs[kStep];
+      std::fill(inputs, inputs + kStep, padding);
       int64_t left = w.in - step * kStep;
       if (row >= 0) std::memcpy(inputs, weight + row * w.in + step * kStep, (left < kStep ? left : kStep) * 2);
       bf16* tile = to + step * kStepElements + place_in_step(0, c);
@@ -141,7 +143,7 @@ TM_API void tm_pack(const tokenmill::Packed* packed, const void* weight, void* t
     if (packed->format == kF32) {
       pack_f32(*packed, static_cast<const float*>(weight), pair, reinterpret_cast<float*>(place));
     } else {
-      pack_bf16(*packed, static_cast<const bf16*>(weight), pair, reinterpret_cast<bf16*>(place));
+      pack_bf16(*packed, static_cast<const bf16*>(weight), pair, bf16{}, reinterpret_cast<bf16*>(place));
     }
   });
 }
@@ -154,10 +156,11 @@ TM_API int64_t tm_pack_coded(tokenmill::Packed* packed, const void* weight, void
   Packed& w = *packed;
   choose_table(w, static_cast<const bf16*>(weight));
   const CodeTable table(w);
+  const bf16 padding{static_cast<uint16_t>(w.upper[0] << 8)};  // a value that the table holds
   std::vector<std::vector<Exception>> found(static_cast<size_t>(w.pairs()));
   parallel_for(w.pairs(), [&](int64_t pair) {
     bf16* plain = scratch<bf16>(kPanel, w.steps() * kStepElements);
-    pack_bf16(w, static_cast<const bf16*>(weight), pair, plain);
+    pack_bf16(w, static_cast<const bf16*>(weight), pair, padding, plain);
     uint8_t* coded = static_cast<uint8_t*>(to) + pair * w.pair_bytes();
     for (int64_t step = 0; step < w.steps(); ++step, plain += kStepElements, coded += kCodedStepBytes) {
       table.encode(plain, static_cast<uint32_t>(pair * w.steps() + step), coded, found[static_cast<size_t>(pair)]);

@@ -15,7 +15,7 @@
 // order above; 4 bits as one byte for the same place of two neighbouring lines (low nibble: the even line). A
 // group of 16 inputs is half a step: 8 lines in each tile.
 // With an activation the weight holds gate rows then up rows, and a pair is (16 gates, their 16 ups), so that
-// act(gate) * up is formed where the pair is finished. Rows and inputs that don't exist are zero.
+// act(gate) * up is formed where the pair is finished. Rows and inputs that don't exist are zero (coded: any value).
 #pragma once
 
 #include <cstdint>

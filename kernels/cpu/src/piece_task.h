@@ -34,7 +34,7 @@ class PieceTask {
         blocks_(divide_up(last - first, kBlock)),
         length_(sizeof(W) == 2 ? w_.padded_in() / kStep : w_.in),
         chunk_(kMatrix && (last - first) * length_ * kStep * 2 > kPanelBytes ? kChunk : length_),
-        piece_(divide_up(chunk_, Source::kUnpacks || (kMatrix && blocks_ > 1) ? divide_up(chunk_, kPiece) : 1)),
+        piece_(divide_up(chunk_, kMatrix && blocks_ > 1 ? divide_up(chunk_, kPiece) : 1)),
         group_(chunk_ < length_ ? divide_up(kGroupRows, blocks_ * kBlock) : 1),
         source_(w_, piece_),
         pending_(call) {

@@ -1,7 +1,7 @@
 // A weight that has to be unpacked times one block of rows, on the matrix unit.
 //
-//   unpack    s4 s5 s6 s7 | s0 s1 …         steps run through a ring in the nearest cache, some ahead of
-//   multiply  s0 s1 s2 s3 | s4 s5 …         their product, over the borders of pairs
+//   unpack    s2 s3 s4 … s17 s0 s1 | s2 …   steps run through a ring in the nearest cache, two ahead of
+//   multiply  s0 s1 s2 …         s17 | s0 …   their product, over the borders of pairs
 //
 // A pair's sums stay in tiles from its first step to its last.
 #pragma once
@@ -45,13 +45,12 @@ class RingTask {
   }
 
  private:
-  static constexpr int64_t kRing = 8;      // steps: 16 KiB
-  static constexpr int64_t kLead = 4;      // of them, that are ready when a product starts
-  static constexpr int64_t kAhead = 3072;  // bytes of the weight that are asked for in advance
+  static constexpr int64_t kRing = 4;  // steps: 8 KiB
+  static constexpr int64_t kLead = 2;  // of them, that are ready when a product starts
 
   TM_INLINE void make() {
     if (left_ == 0) return;
-    stream_.ask(kAhead);
+    stream_.ask();
     stream_.next(ring_ + made_ * kStepElements);
     tile_fence(ring_);
     made_ = (made_ + 1) % kRing;

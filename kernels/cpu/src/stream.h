@@ -29,15 +29,20 @@ class Stream {
     pair_ += w_.pair_bytes();
   }
 
-  // Asks for a step's share of what comes `ahead` bytes later.
-  TM_INLINE void ask(int64_t ahead) const {
-    const uint8_t* from = pair_ + step_ * step_bytes_ + ahead;
-    for (int64_t i = 0; i < step_bytes_; i += 64) __builtin_prefetch(from + i, 0, 2);
+  // Asks for a step's share of what comes later: into the core's own cache, and from there into the nearest.
+  TM_INLINE void ask() const {
+    const uint8_t* from = pair_ + step_ * step_bytes_;
+    for (int64_t i = 0; i < step_bytes_; i += 64) {
+      __builtin_prefetch(from + kFar + i, 0, 2);
+      __builtin_prefetch(from + kNear + i, 0, 3);
+    }
   }
 
   int64_t steps() const { return count_; }
 
  private:
+  static constexpr int64_t kFar = 6144, kNear = 1536;  // bytes
+
   void to(int64_t pair, int64_t step) {
     pair_ = w_.pair(pair);
     step_ = step;
@@ -77,7 +82,8 @@ class Unpacked {
   using Weight = bf16;
   static constexpr bool kUnpacks = true;
 
-  Unpacked(const Packed& weight, int64_t piece) : stream_(weight), buffer_(scratch<bf16>(kPanel, piece * kStepElements)) {}
+  Unpacked(const Packed& weight, int64_t piece)
+      : stream_(weight), buffer_(scratch<bf16>(kPanel, piece * kStepElements)) {}
 
   TM_INLINE const bf16* at(int64_t, int64_t) const { return buffer_; }
   TM_INLINE void seek(int64_t pair, int64_t step) { stream_.seek(pair, step); }
