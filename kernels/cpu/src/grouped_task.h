@@ -5,6 +5,7 @@
 
 #include "epilogue.h"
 #include "multiply.h"
+#include "stream.h"
 #include "threads.h"
 #include "unpack.h"
 
@@ -47,7 +48,7 @@ class GroupedTask {
     const int64_t groups = w_.groups();
     const uint8_t* group = w_.pair(pair_);
     for (int64_t g = 0; g < groups; ++g, group += w_.group_bytes()) {
-      for (int64_t i = 0; i < w_.group_bytes(); i += 64) __builtin_prefetch(group + kAhead + i, 0, 2);
+      ask_ahead(group, w_.group_bytes());
       add_group(group, g);
     }
     for (int64_t r = first_; r < last_; r += kBlock) finish(call_, pair_, r, block_rows(r), sums_at(r));

@@ -11,6 +11,7 @@
 
 #include "epilogue.h"
 #include "operand.h"
+#include "stream.h"
 #include "unpack.h"
 
 namespace tokenmill {
@@ -46,14 +47,14 @@ struct TileSums {
   }
 };
 
-// sums [32] = x [steps * 32], as float32, times a pair; `ahead` bytes further on are asked for.
+// sums [32] = x [steps * 32], as float32, times a pair.
 template <class Steps>
-TM_INLINE void single_row(const Steps& steps, const uint8_t* pair, int64_t count, int64_t step_bytes, int64_t ahead,
-                          const float* x, float* sums) {
+TM_INLINE void single_row(const Steps& steps, const uint8_t* pair, int64_t count, int64_t step_bytes, const float* x,
+                          float* sums) {
   const FlushSubnormals flush;
   __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t step = 0; step < count; ++step, x += kStep) {
-    for (int64_t i = 0; i < step_bytes; i += 64) __builtin_prefetch(pair + step * step_bytes + ahead + i, 0, 2);
+    ask_ahead(pair + step * step_bytes, step_bytes);
     TileSums tiles[2];
     steps.each_line(pair, step, [&](int tile, int line, const __m512(&weights)[2]) {
       tiles[tile].add(weights, x + 2 * line);
@@ -74,7 +75,7 @@ void single_row_task(const Call& call, const Operand<bf16>& operand, int64_t beg
   for (int64_t k = 0; k < inputs; k += kLanes) store(x + k, load(operand.x + row * operand.layout.width + k));
   alignas(64) float sums[kPair];
   for (int64_t pair = begin; pair < end; ++pair) {
-    single_row(steps, w.pair(pair), count, w.pair_bytes() / count, kAhead, x, sums);
+    single_row(steps, w.pair(pair), count, w.pair_bytes() / count, x, sums);
     scale_sums(w, pair, 1, sums);
     finish(call, pair, row, 1, sums);
   }

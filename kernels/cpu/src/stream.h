@@ -9,6 +9,16 @@
 
 namespace tokenmill {
 
+// While `bytes` at `from` are worked on: as many are asked for into the core's own cache, and of those that were before
+// into the nearest.
+TM_INLINE void ask_ahead(const uint8_t* from, int64_t bytes) {
+  constexpr int64_t kFar = 6144, kNear = 1536;
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(from + kFar + i, 0, 2);
+    __builtin_prefetch(from + kNear + i, 0, 3);
+  }
+}
+
 // Steps that have to be put together first, in the order of memory: on from a pair's last step comes the next pair.
 template <class Steps>
 class Stream {
@@ -29,20 +39,11 @@ class Stream {
     pair_ += w_.pair_bytes();
   }
 
-  // Asks for a step's share of what comes later: into the core's own cache, and from there into the nearest.
-  TM_INLINE void ask() const {
-    const uint8_t* from = pair_ + step_ * step_bytes_;
-    for (int64_t i = 0; i < step_bytes_; i += 64) {
-      __builtin_prefetch(from + kFar + i, 0, 2);
-      __builtin_prefetch(from + kNear + i, 0, 3);
-    }
-  }
+  TM_INLINE void ask() const { ask_ahead(pair_ + step_ * step_bytes_, step_bytes_); }
 
   int64_t steps() const { return count_; }
 
  private:
-  static constexpr int64_t kFar = 6144, kNear = 1536;  // bytes
-
   void to(int64_t pair, int64_t step) {
     pair_ = w_.pair(pair);
     step_ = step;

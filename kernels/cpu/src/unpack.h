@@ -6,7 +6,6 @@
 namespace tokenmill {
 
 constexpr int64_t kUnpackedSteps = 8;  // of a quantized weight at a time
-constexpr int64_t kAhead = 2048;       // bytes of it that are asked for in advance
 
 // The bfloat16 of integers up to 8 bits: their float32 has zeros below.
 TM_INLINE void store_exact(bf16* to, F a) {
