@@ -87,6 +87,21 @@ def test_sections_and_models_choose_what_runs() -> None:
         gpu_check.main(["--models", "gpt-5"])
 
 
+def test_without_the_engines_packages_the_kernels_run_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine with torch and Triton alone: said once, at the start, and what can run does."""
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_check, "ENGINE_NEEDS", ("msgspec", "no_such_package"))
+    monkeypatch.setattr(gpu_check, "run_unit", lambda check, unit, sections: ran.append(unit))
+    status = gpu_check.main(["--rehearse", "--one-process", "--out", str(tmp_path)])
+    assert (status, ran) == (1, ["kernels", "micro"])
+    what = "texts, logits, speed, peers, fp8: not run, no_such_package not installed (pip install no_such_package)"
+    assert json.loads((tmp_path / "gpu-check.json").read_text())["failures"] == [what]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"FAILED {what}"
+
+
 def make_check(folder: Path) -> gpu_runner.Check:
     return gpu_runner.Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(folder / "found.jsonl"))
 
