@@ -170,6 +170,53 @@ def test_a_crash_a_hang_and_a_lost_gpu_cost_one_part_each(
     assert "in hang" in capfd.readouterr().err, "where it hung is shown"
 
 
+def test_a_section_that_is_given_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "PROCESSES", 2)
+    failures = run_parts(tmp_path, "lose", "lose too", "work").failures
+    assert failures[2:] == ["section: given up after 2 processes, parts of it never ran"]
+
+
+WRAPPED = """
+import sys
+from pathlib import Path
+import torch
+from tokenmill.bench import gpu_correct
+from tokenmill.bench.gpu_journal import Journal
+from tokenmill.bench.gpu_models import rehearsal
+from tokenmill.bench.gpu_runner import Check
+
+lost = []
+
+def synchronize(device):
+    if lost:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+def group(name):
+    if name == "wild":
+        lost.append(name)
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    if lost:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+    yield from ()
+
+torch.cuda.synchronize = synchronize
+gpu = torch.device("cuda", 0)
+check = Check(gpu, rehearsal(), 100, 0, Journal(Path(sys.argv[1])), own_process=True)
+for name in ("wild", "next", "last"):
+    check.attempt(name, lambda: gpu_correct._check_group(check, group(name)))
+"""
+
+
+def test_a_wild_kernel_takes_no_other_group_along(tmp_path: Path) -> None:
+    """Its error comes wrapped and without a type of its own; the GPU is gone for this process all the same."""
+    journal = Journal(tmp_path / "found.jsonl")
+    command = [sys.executable, "-c", WRAPPED, str(journal.file)]
+    gpu_runner.supervise("kernels", lambda _: command, journal, 100)
+    found = Findings.read(journal)
+    assert [failure.partition(":")[0] for failure in found.failures] == ["wild"]
+    assert set(found.seconds) == {"wild", "next", "last"}
+
+
 def test_a_section_past_its_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_runner, "RESERVE_S", 0.0)
     journal = Journal(tmp_path / "found.jsonl")
