@@ -16,6 +16,7 @@ exits 0; `--rehearse` runs it all small, on the CPU, in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
 import sys
@@ -33,6 +34,9 @@ from tokenmill.bench.gpu_runner import RESERVE_S, Check, supervise
 from tokenmill.bench.machine import describe_versions
 
 SECTIONS = ("kernels", "texts", "logits", "speed", "peers", "fp8", "micro")
+ALONE = frozenset({"kernels", "micro"})
+"""Sections of kernels alone: torch and Triton are all they need."""
+ENGINE_NEEDS = ("msgspec", "tokenizers", "transformers")
 UNIT_S = 240.0
 """Most seconds of one process's section, its beginnings anew included."""
 
@@ -127,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     journal.file.unlink(missing_ok=True)
     print(f"seed {args.seed}, {describe_versions()}", flush=True)
+    sections = _without_missing(sections, journal)
     wanted = units(sections, [name for name in sizes.shapes if name in args.models])
     if args.one_process:
         check = Check(device, sizes, args.budget, args.seed, journal)
@@ -141,6 +146,18 @@ def main(argv: list[str] | None = None) -> int:
     write_results(found, args.out, about)
     print_table(found, seconds)
     return 1 if found.failures else 0
+
+
+def _without_missing(sections: set[str], journal: Journal) -> set[str]:
+    """The sections that can run with what is installed; the rest, one line says why not, are a failure."""
+    missing = [name for name in ENGINE_NEEDS if importlib.util.find_spec(name) is None]
+    left_out = sections - ALONE if missing else set()
+    if left_out:
+        names = ", ".join(name for name in SECTIONS if name in left_out)
+        what = f"{names}: not run, {' and '.join(missing)} not installed (pip install {' '.join(missing)})"
+        journal.note("failure", what=what)
+        print(f"FAILED {what}", flush=True)
+    return sections - left_out
 
 
 def _command(args: argparse.Namespace, unit: str, seconds: float) -> list[str]:

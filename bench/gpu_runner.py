@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 RESERVE_S = 20.0
 """Seconds kept back for writing the results down."""
-PROCESSES = 4
-"""How often a section is begun again."""
+PROCESSES = 6
+"""How often a section is begun, at most."""
 LOST_GPU = 3
 """Exit code of a section whose GPU answers no more."""
 TRACE = 1600
@@ -102,15 +102,26 @@ class Check:
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
 
     def _report(self, name: str, error: Exception) -> None:
-        import torch
-
         print("…" + "".join(traceback.format_exception(error, limit=-8))[-TRACE:], flush=True)
         self.fail(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        lost = isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
-        if lost and self._own_process:
+        if self._own_process and self._lost_gpu(error):
             self.journal.note("done", name=name, seconds=0.0)
             sys.stdout.flush()
             os._exit(LOST_GPU)
+
+    def _lost_gpu(self, error: Exception) -> bool:
+        """Whether the GPU answers no more. The error alone may not tell: Triton's has no type of its own."""
+        import torch
+
+        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+            return True
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
 
     def fail(self, what: str) -> None:
         """Note something that isn't as it should be."""
@@ -169,6 +180,7 @@ def supervise(
         if not stopped or stopped & broken:
             return
         broken |= stopped
+    journal.note("failure", what=f"{section}: given up after {PROCESSES} processes, parts of it never ran")
 
 
 def _run(command: Sequence[str], limit: float) -> int | None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.engine.kernel_set import Adjustments, Penalties, ReferenceKernels
-from tokenmill.engine.staging import PinnedLines
+from tokenmill.engine.staging import ALIGNMENT, PinnedLines
 
 logger = logging.getLogger("tokenmill.engine")
 SMALL_BUCKETS = (1, 2, 4, 8)
@@ -109,14 +109,15 @@ class StaticRows:
         """For `rows` rows of at most `blocks` blocks; the row's line of last tokens for padding is `rows`."""
         self.rows = rows
         self._padding = {"slots": -1, "lines": -1, "rows": rows, "top_p": PADDED_TOP_P, "repetition": 1.0}
-        sizes = [rows * np.dtype(kind).itemsize for _, kind in self.FIELDS]
+        # Aligned as a staged step's are: Triton compiles kernels anew for pointers at other places.
+        sizes = [-(-rows * np.dtype(kind).itemsize // ALIGNMENT) * ALIGNMENT for _, kind in self.FIELDS]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._lines = PinnedLines(device, self._offsets[-1])
         self._views: dict[int, list[tuple[str, NDArray[Any]]]] = {}
         self._front = torch.zeros(self._offsets[-1], dtype=torch.uint8, device=device)
         self.fields: dict[str, Tensor] = {}
         for (name, kind), at, end in zip(self.FIELDS, self._offsets, self._offsets[1:], strict=False):
-            self.fields[name] = self._front[at:end].view(getattr(torch, np.dtype(kind).name))
+            self.fields[name] = self._front[at:end].view(getattr(torch, np.dtype(kind).name))[:rows]
         self.table = torch.zeros(rows, blocks, dtype=torch.int32, device=device)
         self.query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._known: tuple[int, bytes] | None = None
@@ -143,7 +144,7 @@ class StaticRows:
         if found is None:
             host, ends = buffer.numpy(), self._offsets[1:]
             found = [
-                (name, host[at:end].view(kind))
+                (name, host[at:end].view(kind)[: self.rows])
                 for (name, kind), at, end in zip(self.FIELDS, self._offsets, ends, strict=False)
             ]
             self._views[buffer.data_ptr()] = found

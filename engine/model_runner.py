@@ -110,6 +110,17 @@ class ModelRunner:
             self.sampler.counts(),
             capture or CudaCapture(device),
         )
+        self._compile_first_draws(self.graphs)
+
+    @torch.inference_mode()
+    def _compile_first_draws(self, graphs: DecodeGraphs) -> None:
+        """A prompt's first token is drawn outside of graphs, from logits as they are: not while a client waits."""
+        one = {name: field[:1] for name, field in graphs.rows.fields.items()}
+        settings = (
+            one["temperature"], one["min_p"], one["top_k"], one["top_p"], one["seeds"], one["generated"]
+        )  # fmt: skip
+        for filtered in (False, True):
+            self.kernels.draw(graphs.logits[:1], settings, filtered=filtered)
 
     @torch.inference_mode()
     def capture_next(self) -> bool:

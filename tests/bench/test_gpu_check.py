@@ -87,6 +87,21 @@ def test_sections_and_models_choose_what_runs() -> None:
         gpu_check.main(["--models", "gpt-5"])
 
 
+def test_without_the_engines_packages_the_kernels_run_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine with torch and Triton alone: said once, at the start, and what can run does."""
+    ran: list[str] = []
+    monkeypatch.setattr(gpu_check, "ENGINE_NEEDS", ("msgspec", "no_such_package"))
+    monkeypatch.setattr(gpu_check, "run_unit", lambda check, unit, sections: ran.append(unit))
+    status = gpu_check.main(["--rehearse", "--one-process", "--out", str(tmp_path)])
+    assert (status, ran) == (1, ["kernels", "micro"])
+    what = "texts, logits, speed, peers, fp8: not run, no_such_package not installed (pip install no_such_package)"
+    assert json.loads((tmp_path / "gpu-check.json").read_text())["failures"] == [what]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"FAILED {what}"
+
+
 def make_check(folder: Path) -> gpu_runner.Check:
     return gpu_runner.Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(folder / "found.jsonl"))
 
@@ -153,6 +168,53 @@ def test_a_crash_a_hang_and_a_lost_gpu_cost_one_part_each(
     ]
     assert set(found.seconds) == {"setting up", "die", "hang", "lose", "work"}
     assert "in hang" in capfd.readouterr().err, "where it hung is shown"
+
+
+def test_a_section_that_is_given_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "PROCESSES", 2)
+    failures = run_parts(tmp_path, "lose", "lose too", "work").failures
+    assert failures[2:] == ["section: given up after 2 processes, parts of it never ran"]
+
+
+WRAPPED = """
+import sys
+from pathlib import Path
+import torch
+from tokenmill.bench import gpu_correct
+from tokenmill.bench.gpu_journal import Journal
+from tokenmill.bench.gpu_models import rehearsal
+from tokenmill.bench.gpu_runner import Check
+
+lost = []
+
+def synchronize(device):
+    if lost:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+def group(name):
+    if name == "wild":
+        lost.append(name)
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    if lost:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+    yield from ()
+
+torch.cuda.synchronize = synchronize
+gpu = torch.device("cuda", 0)
+check = Check(gpu, rehearsal(), 100, 0, Journal(Path(sys.argv[1])), own_process=True)
+for name in ("wild", "next", "last"):
+    check.attempt(name, lambda: gpu_correct._check_group(check, group(name)))
+"""
+
+
+def test_a_wild_kernel_takes_no_other_group_along(tmp_path: Path) -> None:
+    """Its error comes wrapped and without a type of its own; the GPU is gone for this process all the same."""
+    journal = Journal(tmp_path / "found.jsonl")
+    command = [sys.executable, "-c", WRAPPED, str(journal.file)]
+    gpu_runner.supervise("kernels", lambda _: command, journal, 100)
+    found = Findings.read(journal)
+    assert [failure.partition(":")[0] for failure in found.failures] == ["wild"]
+    assert set(found.seconds) == {"wild", "next", "last"}
 
 
 def test_a_section_past_its_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenmill.engine.cuda_graph import DecodeGraphs, Recorded, StaticRows, buckets_up_to, record
 from tokenmill.engine.kernel_set import ReferenceKernels, select_kernels
-from tokenmill.engine.staging import LINES, Staging
+from tokenmill.engine.staging import ALIGNMENT, LINES, Staging
 from tokenmill.kernels import gpu
 
 CPU = torch.device("cpu")
@@ -46,6 +46,17 @@ def test_rows_beyond_a_step_are_padding() -> None:
     rows.pad()
     assert [rows[name].data_ptr() for name, _ in StaticRows.FIELDS] == addresses
     assert rows["slots"].tolist() == [-1] * 6
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 8])
+def test_fields_lie_as_those_of_a_staged_step(count: int) -> None:
+    """Both are read by the same kernels, of which Triton makes two where one's pointers aren't aligned."""
+    rows = StaticRows(count, 2, CPU)
+    first = rows["positions"].data_ptr()
+    assert [(field.data_ptr() - first) % ALIGNMENT for field in rows.fields.values()] == [0] * len(
+        rows.FIELDS
+    )
+    assert {len(field) for field in rows.fields.values()} == {count}
 
 
 def test_the_block_table_is_sent_when_it_changed() -> None:
