@@ -69,7 +69,7 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
     folder = tiny("llama")
     model = loader.load(EngineConfig(source=str(folder)), lambda *stage: stages.append(stage))
     assert model.eos_ids == (2, 4)
-    assert model.logits_width == model.hf_config.vocab_size == 320
+    assert model.logits_width == model.module.config.vocab_size == 320
     assert model.max_context == 512
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32
