@@ -22,18 +22,10 @@ from tokenmill.kernels import gpu
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENMILL_KERNELS", "triton")
-
-
-@pytest.fixture(scope="module")
-def plain() -> LLM:
-    """The engine on the CPU's own kernels."""
-    return on_cpu()
+pytestmark = [
+    pytest.mark.usefixtures("triton"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 
 def test_drafts_change_nothing(plain: LLM) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from checkpoints import eager_model
-from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, on_cpu, shared, texts
+from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, shared, texts
 
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.config import EngineConfig
@@ -19,18 +19,10 @@ from tokenmill.engine.forward import PagedForward
 from tokenmill.engine.messages import Add
 from tokenmill.engine.sampling_params import Grammar
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENMILL_KERNELS", "triton")
-
-
-@pytest.fixture(scope="module")
-def plain() -> LLM:
-    """The engine on the CPU's own kernels."""
-    return on_cpu()
+pytestmark = [
+    pytest.mark.usefixtures("triton"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 
 @pytest.fixture
