@@ -121,7 +121,6 @@ def load_random(
     parameters = sum(x.numel() for x in module.parameters())
     return LoadedModel(
         module=module,
-        hf_config=config,
         tokenizer=TokenizerInfo(tokenizer_json="", vocab_size=config.vocab_size),
         device=device,
         dtype=dtype,

@@ -145,7 +145,7 @@ class _NoProducts(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def probe_layers(module: nn.Module, token: int = 0, *, multiply: bool = True) -> list[LayerSpec]:
+def probe_layers(module: nn.Module, *, multiply: bool = True) -> list[LayerSpec]:
     """Number the attention layers by one forward of one token, and tell what each caches.
 
     Without `multiply` it computes next to nothing and reads no matrix of a mapped file: for models whose code
@@ -157,7 +157,8 @@ def probe_layers(module: nn.Module, token: int = 0, *, multiply: bool = True) ->
     recorder = LayerRecorder()
     device = next(module.parameters()).device
     with nullcontext() if multiply else _NoProducts():
-        forward(module, torch.tensor([token], device=device), torch.tensor([0], device=device), recorder)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        forward(module, zero, zero, recorder)
     if not recorder.layers:
         raise ValueError(f"{type(module).__name__} never calls the attention interface")
     return recorder.layers

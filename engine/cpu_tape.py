@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.config import Quantization
+from tokenmill.engine.cpu_kernels import CpuKernels
 from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.kernel_set import CpuKernels, Lookup
+from tokenmill.engine.kernel_set import Lookup
 from tokenmill.kernels.cpu import elementwise, tape
 from tokenmill.kernels.cpu.linear import PackedLinear
 
@@ -82,11 +82,6 @@ EVERY_POSITION = slice(None)
 
 class TracingKernels(CpuKernels):
     """CpuKernels that record when they are given a stand-in."""
-
-    def __init__(self, quantization: Quantization | None = None) -> None:
-        super().__init__(quantization)
-        for name in ("rms_norm", "layer_norm", "activate", "rope_store"):
-            vars(self).pop(name, None)
 
     def _finish(self, product: CpuProduct) -> CpuProduct:
         return _TracedProduct(product.parts, product.gate)

@@ -1,4 +1,4 @@
-"""The fused decoder: a model that `decoder_spec` understands, run by a handful of kernels a layer.
+"""The fused decoder: a model that `describe.py` understands, run by a handful of kernels a layer.
 
     norm ▶ qkv product ▶ RoPE + KV store ▶ paged attention ▶ out product (+ residual)
     norm ▶ gate and up product (activation·mul) ▶ down product (+ residual)      or a mixture of such experts

@@ -3,9 +3,9 @@
     overlap off   │schedule N│launch N      │collect N│schedule N+1│…
     overlap on    │schedule N+1│launch N+1  │collect N│schedule N+2│…      the device works on N+1 meanwhile
 
-With overlap a sequence may run one step past its end; that step's token is dropped. Each fault stays with the
-request that it belongs to: a row of NaN ends one sequence, and a step that raises is undone and its sequences
-are tried alone, so that only the one that raises again is failed.
+With overlap a sequence may run one step past its end; that step's token is dropped. A step that raises is undone
+and its sequences are tried alone, so that only the one that raises again is failed. What comes of a step that
+doesn't is recorded in `delivery.py`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.delivery import Delivery
 from tokenmill.engine.forward import build_forward
-from tokenmill.engine.grammar import GrammarCompiler, GrammarError, Matcher
+from tokenmill.engine.grammar import GrammarCompiler, GrammarError
+from tokenmill.engine.grammar_queue import GrammarQueue
 from tokenmill.engine.loader import LoadedModel, load
-from tokenmill.engine.messages import Add, Delta, FinishReason, PromptLogprobs, Ready, Stats
-from tokenmill.engine.model_runner import Draw, ModelRunner, Result, Run
-from tokenmill.engine.ngram_proposer import MATCH, Proposer
+from tokenmill.engine.messages import Add, Delta, Ready, Stats
+from tokenmill.engine.model_runner import ModelRunner, Result, Run
 from tokenmill.engine.rank_link import RanksLost
-from tokenmill.engine.request import Sequence, Status, make_sequences
+from tokenmill.engine.request import make_sequences
 from tokenmill.engine.sampling_params import random_seed
-from tokenmill.engine.scheduler import Chunk, Scheduler, Step
+from tokenmill.engine.scheduler import Scheduler, Step
 
 if TYPE_CHECKING:
     from tokenmill.engine.team import Team
@@ -41,10 +40,10 @@ CPU_QUIET_TOKENS = 1024
 GPU_BATCH_TOKENS = 8192
 SMALLEST_BATCH_TOKENS = 16
 CPU_DRAFT_ROWS = 16
-MOST_IDLE_STEPS = 1000
-NO_LOGITS = "the model produced no finite logits"
-COMPILE_SECONDS = 10.0
 GPU_DRAFT_ROWS = 64
+MOST_IDLE_STEPS = 1000
+GRAMMAR_WAIT_S = 0.01
+"""How long an engine that has nothing else to do waits for a grammar in one step."""
 
 
 def _start_team(config: EngineConfig) -> Team:
@@ -88,25 +87,13 @@ class Engine:
         self.pool = BlockPool(
             forward.capacity.num_blocks, forward.capacity.block_size, forward.capacity.history
         )
-        step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
-        self.scheduler = Scheduler(
-            self.pool,
-            max_batch=config.max_batch,
-            max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
-            quiet_tokens=0 if on_gpu or config.max_batch_tokens else CPU_QUIET_TOKENS,
-            score_tokens=self.runner.score_tokens,
-            prefix_cache=config.kv_cache.prefix_cache and forward.splits_prompts,
-            draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.splits_prompts else 0,
+        self.scheduler = self._make_scheduler(on_gpu)
+        self._delivery = Delivery(self.scheduler, self.runner.sampler, self.model.eos_ids)
+        self._grammars = GrammarQueue(
+            GrammarCompiler(self.model.tokenizer.tokenizer_json, self.model.logits_width, self.model.eos_ids)
         )
-        self._requests: dict[int, list[Sequence]] = {}
-        self._grammars = GrammarCompiler(
-            self.model.tokenizer.tokenizer_json, self.model.logits_width, self.model.eos_ids
-        )
-        self._compiling: dict[Sequence, tuple[Future[Matcher], float]] = {}
         self._in_flight: Run | None = None
-        self._deltas: list[Delta] = []
-        self._arrivals = self._idle_steps = 0
-        self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._arrivals = self._idle_steps = self._steps = 0
         self.warming = on_gpu and self.runner.can_capture
         """Whether decode steps are still to be captured."""
         if self.warming:
@@ -116,6 +103,19 @@ class Engine:
         self.idle_work = True
         """Whether an idle moment is of use (`work_idly`)."""
         self.load_seconds = time.perf_counter() - began
+
+    def _make_scheduler(self, on_gpu: bool) -> Scheduler:
+        config, forward = self.config, self.runner.forward
+        step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
+        return Scheduler(
+            self.pool,
+            max_batch=config.max_batch,
+            max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
+            quiet_tokens=0 if on_gpu or config.max_batch_tokens else CPU_QUIET_TOKENS,
+            score_tokens=self.runner.score_tokens,
+            prefix_cache=config.kv_cache.prefix_cache and forward.splits_prompts,
+            draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.splits_prompts else 0,
+        )
 
     def close(self) -> None:
         """End the processes of other ranks, where there are any; the engine can't step afterwards."""
@@ -148,45 +148,15 @@ class Engine:
         seed = random_seed() if params.seed is None else params.seed
         first = make_sequences(message, seed, self._arrivals, ngram=self.config.speculation_ngram)
         self._arrivals += 1
-        self._requests[message.request] = [first, *first.children]
+        self._delivery.requests[message.request] = [first, *first.children]
         if params.grammar is None:
             self.scheduler.add(first)
         else:
-            self._compiling[first] = (
-                self._grammars.compile(params.grammar),
-                time.monotonic() + COMPILE_SECONDS,
-            )
-
-    def _admit_compiled(self) -> None:
-        """Queue the requests whose grammars are ready, refuse those whose can't be compiled (in time)."""
-        if not self._compiling:
-            return
-        futures = [future for future, _ in self._compiling.values()]
-        wait(futures, timeout=0 if self.scheduler.has_work else 0.01, return_when=FIRST_COMPLETED)
-        for first, (future, deadline) in list(self._compiling.items()):
-            if future.done():
-                del self._compiling[first]
-                self._start_grammar(first, future)
-            elif time.monotonic() > deadline:
-                del self._compiling[first]
-                self._fail(
-                    first, f"the grammar took longer than {COMPILE_SECONDS} s to compile", invalid=True
-                )
-
-    def _start_grammar(self, first: Sequence, future: Future[Matcher]) -> None:
-        grammar, error = first.params.grammar, future.exception()
-        if error is not None or grammar is None:
-            self._fail(first, str(error), invalid=isinstance(error, GrammarError))
-            return
-        matcher = future.result()
-        self._grammars.remember(grammar, matcher)
-        for sequence in [first, *first.children]:
-            sequence.matcher = matcher.copy()
-        self.scheduler.add(first)
+            self._grammars.add(first, params.grammar)
 
     def _validate(self, message: Add) -> None:
         prompt, params, width = message.prompt, message.params, self.model.logits_width
-        if message.request in self._requests:
+        if message.request in self._delivery.requests:
             raise InvalidRequest(f"request {message.request} is running already")
         if not prompt:
             raise InvalidRequest("the prompt has no tokens")
@@ -204,32 +174,32 @@ class Engine:
 
     def abort(self, request: int, choice: int | None = None) -> None:
         """Stop a choice, or all of a request, at once. Unknown ids are ignored."""
-        for sequence in list(self._requests.get(request, ())):
+        for sequence in list(self._delivery.requests.get(request, ())):
             if choice is None or sequence.choice == choice:
-                compiling = self._compiling.get(sequence)
-                orphans = self._finish(sequence, "abort")
+                compiling = self._grammars.take(sequence)
+                orphans = self._delivery.finish(sequence, "abort")
                 if orphans and choice is not None:
                     orphans[0].children = orphans[1:]
-                    if compiling is not None:
-                        self._compiling[orphans[0]] = compiling
-                    else:
+                    if compiling is None:
                         self.scheduler.add(orphans[0])
+                    else:
+                        self._grammars.put(orphans[0], compiling)
+
+    def abort_all(self) -> None:
+        """Stop every request, at once."""
+        for request in list(self._delivery.requests):
+            self.abort(request)
 
     @property
     def prompt_tokens(self) -> int:
         """Prompt tokens computed so far."""
-        return self._prompt_tokens
-
-    def abort_all(self) -> None:
-        """Stop every request, at once."""
-        for request in list(self._requests):
-            self.abort(request)
+        return self._delivery.prompt_tokens
 
     # ---------------------------------------------------------------- the step
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None or bool(self._compiling)
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._grammars)
 
     def step(self) -> list[Delta]:
         """Run the loop once; returns the news since the last call."""
@@ -246,8 +216,16 @@ class Engine:
         self._steps += 1
         if self.warming:
             self.warm_up_next()
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self._delivery.take()
+
+    def _admit_compiled(self) -> None:
+        """Queue the requests whose grammars are ready, refuse those whose can't be compiled (in time)."""
+        patience_s = 0.0 if self.scheduler.has_work else GRAMMAR_WAIT_S
+        for first, error in self._grammars.ready(patience_s):
+            if error is None:
+                self.scheduler.add(first)
+            else:
+                self._delivery.fail(first, str(error), invalid=isinstance(error, GrammarError))
 
     def _launch(self, step: Step, previous: Run | None) -> Run | None:
         """Start a step, then record the one before it. None when nothing runs now."""
@@ -258,7 +236,7 @@ class Engine:
             self._recover(error, [step] if previous is None else [step, previous.step])
             return None
         if previous is not None and result is not None:
-            self._record_all(previous, result)
+            self._record(previous, result)
         return run
 
     def _finish_step(self, run: Run) -> None:
@@ -273,7 +251,7 @@ class Engine:
         except Exception as error:
             self._recover(error, [run.step])
             return
-        self._record_all(run, result)
+        self._record(run, result)
 
     def _require_progress(self, step: Step, previous: Run | None) -> None:
         """A loop that goes round without work is a bug of ours: better a crash and a restart than a hang."""
@@ -282,128 +260,10 @@ class Engine:
         if self._idle_steps > MOST_IDLE_STEPS:
             raise RuntimeError("the scheduler has work and schedules none of it")
 
-    def _record_all(self, run: Run, result: Result) -> None:
-        """Give each sequence of a step what was drawn for it, and send word of it."""
+    def _record(self, run: Run, result: Result) -> None:
         began = time.perf_counter()
-        for sequence, scores in result.scores:
-            if sequence.status is not Status.FINISHED:
-                self._deliver_scores(sequence, scores)
-        draws, size = iter(result.draws), self.pool.block_size
-        for chunk in run.step.chunks:
-            sequence, drafts = chunk.sequence, len(chunk.drafts)
-            stop = chunk.start + chunk.count - drafts
-            drawn = [list(islice(draws, 1 + drafts)) for _ in chunk.samplers]
-            if chunk.start < len(sequence.prompt):
-                self._prompt_tokens += min(stop, len(sequence.prompt)) - chunk.start
-            if stop // size > sequence.committed and not (drawn and any(draw.bad for draw in drawn[0])):
-                self.scheduler.commit(sequence, stop)
-            if stop == len(sequence.prompt) and sequence.params.max_tokens == 0:
-                self._end(sequence, "length")
-            for sampler, own in zip(chunk.samplers, drawn, strict=True):
-                if sampler.status is not Status.FINISHED:
-                    self._record(sampler, own if not drafts else self._verify(chunk, own))
+        self._delivery.record(run, result)
         self.runner.phases["deliver"] += time.perf_counter() - began
-
-    def _verify(self, chunk: Chunk, draws: list[Draw]) -> list[Draw]:
-        """The draws that count: each one whose drafts before it were all drawn too."""
-        accepted = 0
-        while accepted < len(chunk.drafts) and draws[accepted].token == chunk.drafts[accepted]:
-            accepted += 1
-        self.scheduler.settle(chunk, accepted)
-        return draws[: accepted + 1]
-
-    def _record(self, sequence: Sequence, draws: list[Draw]) -> None:
-        if any(draw.bad for draw in draws):
-            restricted = sequence.matcher is not None or bool(sequence.params.logit_bias)
-            reason = "the grammar and logit_bias leave no token to choose" if restricted else NO_LOGITS
-            self._fail(sequence, reason, invalid=restricted)
-            return
-        if self.scheduler.suspects:
-            self.scheduler.cleared(sequence)
-        delta = Delta(sequence.request, sequence.choice, [])
-        for draw in draws:
-            self.scheduler.append(sequence, draw.token)
-            delta.token_ids.append(draw.token)
-            if draw.logprob is not None and draw.top is not None:
-                delta.logprobs = [*(delta.logprobs or ()), draw.logprob]
-                delta.top = [*(delta.top or ()), draw.top]
-            if sequence.matcher is not None and not sequence.matcher.consume([draw.token]):
-                reason = f"the grammar can't go on: {sequence.matcher.error}"
-                self._fail(sequence, reason, invalid=True)
-                return
-            delta.finish = self._reason_to_stop(sequence, draw.token)
-            if delta.finish is not None:
-                break
-        self._generated_tokens += len(delta.token_ids)
-        if delta.finish == "stop" and self._ends(sequence, delta.token_ids[-1]):
-            delta.stop_token = delta.token_ids[-1]
-        if sequence.proposer is not None:
-            self._teach(sequence, sequence.proposer, delta)
-        self._send(sequence, delta)
-        if delta.finish is not None:
-            self._finish(sequence, delta.finish)
-
-    def _teach(self, sequence: Sequence, proposer: Proposer, delta: Delta) -> None:
-        """Tell the proposer and the counters what became of the drafts."""
-        new, total = len(delta.token_ids), sequence.num_tokens - sequence.pending
-        proposer.extend(sequence.tokens(max(0, total - new - MATCH), total), new)
-        delta.accepted_drafts, delta.rejected_drafts = sequence.accepted_drafts, sequence.rejected_drafts
-        if sequence.accepted_drafts + sequence.rejected_drafts:
-            proposer.feedback(sequence.accepted_drafts + sequence.rejected_drafts, sequence.accepted_drafts)
-            sequence.accepted_drafts = sequence.rejected_drafts = 0
-            if sequence.slot >= 0:
-                self.runner.sampler.count(sequence.slot, delta.token_ids)
-
-    def _reason_to_stop(self, sequence: Sequence, token: int) -> FinishReason | None:
-        length, params = len(sequence.output), sequence.params
-        if length > params.min_tokens and self._ends(sequence, token):
-            return "stop"
-        if sequence.matcher is not None and sequence.matcher.stopped:
-            return "stop"
-        return "length" if length >= params.max_tokens else None
-
-    def _ends(self, sequence: Sequence, token: int) -> bool:
-        """Whether this token is an end of text or a stop id of the request."""
-        params = sequence.params
-        return (token in self.model.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-
-    def _send(self, sequence: Sequence, delta: Delta) -> None:
-        if sequence.choice == 0 and not sequence.announced:
-            sequence.announced = True
-            delta.cached_tokens = sequence.cached_tokens or 0
-            self._cached_tokens += delta.cached_tokens
-        self._deltas.append(delta)
-
-    def _deliver_scores(self, sequence: Sequence, scores: PromptLogprobs) -> None:
-        self._deltas.append(Delta(sequence.request, sequence.choice, [], prompt_logprobs=scores))
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Finish a sequence that draws nothing (max_tokens 0), and the children that waited for it."""
-        if sequence.status is Status.FINISHED:
-            return
-        for one in [sequence, *sequence.children]:
-            self._send(one, Delta(one.request, one.choice, [], finish=reason))
-        for one in [sequence, *self._finish(sequence, reason)]:
-            self._finish(one, reason)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> list[Sequence]:
-        if sequence.status is Status.FINISHED:
-            return []
-        self._compiling.pop(sequence, None)
-        orphans = self.scheduler.finish(sequence, reason)
-        choices = self._requests.get(sequence.request, [])
-        if all(choice.status is Status.FINISHED for choice in choices):
-            self._requests.pop(sequence.request, None)
-        return orphans
-
-    # ---------------------------------------------------------------- when something goes wrong
-
-    def _fail(self, sequence: Sequence, reason: str, *, invalid: bool = False) -> None:
-        for one in [sequence, *sequence.children]:
-            delta = Delta(one.request, one.choice, [], finish="error", error=reason, invalid=invalid)
-            self._deltas.append(delta)
-        for one in [sequence, *self._finish(sequence, "error")]:
-            self._finish(one, "error")
 
     def _recover(self, error: Exception, steps: list[Step]) -> None:
         """Undo the steps under way; fail a sequence that raised alone, try the others one by one."""
@@ -420,7 +280,7 @@ class Engine:
             self.scheduler.suspects.clear()
             return
         if alone is not None:
-            self._fail(alone, f"the step failed: {type(error).__name__}")
+            self._delivery.fail(alone, f"the step failed: {type(error).__name__}")
 
     # ---------------------------------------------------------------- what it says of itself
 
@@ -441,7 +301,7 @@ class Engine:
         )
 
     def stats(self) -> Stats:
-        scheduler, pool = self.scheduler, self.pool
+        scheduler, pool, delivery = self.scheduler, self.pool, self._delivery
         return Stats(
             step=self._steps,
             running=len(scheduler.running),
@@ -449,9 +309,9 @@ class Engine:
             used_blocks=pool.used_blocks,
             cached_blocks=pool.cached_blocks,
             free_blocks=pool.free_blocks,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
+            prompt_tokens=delivery.prompt_tokens,
+            cached_tokens=delivery.cached_tokens,
+            generated_tokens=delivery.generated_tokens,
             preemptions=scheduler.preemptions,
             step_seconds=dict(self.runner.phases),
         )

@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, cpu_tape, decoder_spec, fusion, gguf, kv_cache
+from tokenmill.engine import attention, cpu_tape, fusion, gguf, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
 from tokenmill.engine.cuda_graph import StaticRows
 from tokenmill.engine.decoder import Decoder
+from tokenmill.engine.describe import describe
 from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
@@ -142,7 +143,7 @@ class PagedForward:
         assert module is not None
         layers = attention.probe_layers(module)
         if form is not None and config.fused_decoder:
-            described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
+            described = describe(module, layers, model.max_context, form == "interleaved")
             gguf.put_blocks(described, module, model.blocks)
             model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()

@@ -23,7 +23,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, decoder, decoder_spec, fusion, kv_cache, rope
+from tokenmill.engine import attention, decoder, decoder_spec, describe, fusion, kv_cache, rope
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import first_line
@@ -116,8 +116,8 @@ def _decoder_form(
         module = make()
         layers = attention.probe_layers(module)
         try:
-            described = decoder_spec.describe(module, layers, CONTEXT, form == "interleaved")
-        except decoder_spec.NotUnderstood:
+            described = describe.describe(module, layers, CONTEXT, form == "interleaved")
+        except describe.NotUnderstood:
             return None
         found = run_paged(decoder.Decoder(described, ReferenceKernels()), layers, texts)
         if relative_error(found, wanted) <= TOLERANCE:
@@ -179,7 +179,7 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
-    modules = (attention, decoder, decoder_spec, fusion, rope)
+    modules = (attention, decoder, decoder_spec, describe, fusion, rope)
     code = [Path(str(module.__file__)).read_bytes() for module in modules]
     twin = json.dumps(fields, sort_keys=True, default=str)
     key = key_of(twin, version("transformers"), torch.__version__, Path(__file__).read_bytes(), *code)

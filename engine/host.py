@@ -19,6 +19,7 @@ import msgspec
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
 from tokenmill.engine.link import Link, Outbox, leave, run_process
+from tokenmill.engine.load_error import first_line
 from tokenmill.engine.messages import (
     Abort,
     Add,
@@ -126,7 +127,9 @@ class Host:
                 return None
         except Exception as error:
             logger.exception("loading %s failed", start.config.source)
-            self._outbox.put(LoadFailed(f"{start.config.source}: {type(error).__name__}: {_one_line(error)}"))
+            self._outbox.put(
+                LoadFailed(f"{start.config.source}: {type(error).__name__}: {first_line(error)}")
+            )
             return None
         self._outbox.put(engine.ready())
         self._outbox.put(engine.stats())
@@ -170,10 +173,6 @@ class Host:
                 for choice in range(message.params.candidates)
             ]
             self._outbox.put_deltas(failed)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def main(argv: list[str] | None = None) -> int:

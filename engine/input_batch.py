@@ -21,8 +21,6 @@ from tokenmill.engine.request import Sequence
 from tokenmill.engine.scheduler import Chunk, Step
 from tokenmill.engine.staging import Staging
 
-GREEDY_BELOW = 1e-5
-
 
 @dataclass(slots=True)
 class ScoredPart:
@@ -110,20 +108,11 @@ class Repeated:
 class InputBatch:
     """`max_batch` rows for sequences of at most `max_blocks` blocks of `block_size` tokens."""
 
-    def __init__(
-        self,
-        max_batch: int,
-        max_blocks: int,
-        block_size: int,
-        device: torch.device,
-        *,
-        packed: bool | None = None,
-    ) -> None:
-        """`packed`: see `Staging`."""
+    def __init__(self, max_batch: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.device = device
-        self.staging = Staging(device, packed=packed)
+        self.staging = Staging(device)
         self.version = 0
         """Changes whenever a block table does."""
         self.temperature = np.ones(max_batch, np.float32)
@@ -155,7 +144,7 @@ class InputBatch:
         self.seed[slot] = sequence.seed
         self.penalized[slot] = params.penalized
         filters = params.top_p < 1 or params.top_k > 0 or params.min_p > 0
-        self.filtered[slot] = filters and params.temperature >= GREEDY_BELOW
+        self.filtered[slot] = filters and not params.greedy
         self.scored[slot] = params.scored
         self.min_tokens[slot] = params.min_tokens
         self.version += 1

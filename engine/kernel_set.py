@@ -1,34 +1,23 @@
-"""Which kernels a device gets: one object with the functions of `kernels/reference.py`, and its own products.
+"""A set of kernels: one object with the functions of `kernels/reference.py`, and its own products.
 
-    cuda   Triton (kernels/gpu; engine/gpu_kernels.py)
-    cpu    C++ (kernels/cpu) for what it has and the dtype takes; plain torch where no library can be built
-
-TOKENMILL_KERNELS=torch, cpu or triton in the environment overrides the choice: to look for a fault, or to run the
-Triton kernels in their interpreter.
+Here is the set in plain torch. `cpu_kernels.py` and `gpu_kernels.py` replace what they do faster, `kernel_choice.py`
+says which set a device gets.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenmill.engine.block_weight import Weight, join, join_biases
-from tokenmill.engine.config import EngineConfig, Quantization
-from tokenmill.engine.load_error import LoadError
-from tokenmill.kernels import gpu, reference
+from tokenmill.engine.config import Quantization
+from tokenmill.kernels import reference
 
-if TYPE_CHECKING:
-    from tokenmill.engine.cpu_products import CpuProduct
-    from tokenmill.kernels.cpu.linear import PackedLinear
-
-logger = logging.getLogger("tokenmill.engine")
 Normalize = Callable[[Tensor], Tensor]
 """x [T, hidden] → what the products that follow take."""
 Lookup = Callable[[Tensor], Tensor]
@@ -207,154 +196,3 @@ class ReferenceKernels:
     def _drawn(self, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         flags = ~torch.isfinite(logits.amax(-1)) if len(logits) else torch.zeros(0, dtype=torch.bool)
         return self.sample(logits, *settings), flags
-
-
-class CpuKernels(ReferenceKernels):
-    """The C++ kernels, for bfloat16 and float32."""
-
-    name = "cpu"
-    quantizations = frozenset({"int8", "int4", "gguf"})
-
-    def __init__(self, quantization: Quantization | None = None) -> None:
-        from tokenmill.engine import cpu_products
-        from tokenmill.kernels.cpu import attention, elementwise, sampling
-
-        self.quantization = quantization
-        self._attention, self._sampling, self._products = attention, sampling, cpu_products
-        for module in (elementwise, sampling):
-            for function in (
-                "rope_store",
-                "rms_norm",
-                "layer_norm",
-                "activate",
-                "apply_penalties",
-                "apply_bitmask",
-            ):
-                if hasattr(module, function):
-                    setattr(self, function, getattr(module, function))
-        self.sample = sampling.sample
-        self.token_logprobs = sampling.token_logprobs
-        self.store_kv = self._store
-        self.paged_attention = self._attend
-
-    def _store(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        dtype = k_cache.dtype
-        self._attention.store_kv(
-            key.to(dtype).contiguous(), value.to(dtype).contiguous(), k_cache, v_cache, slots.contiguous()
-        )
-
-    def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
-        return self._attention.paged_attention(query.contiguous(), *args, **options)
-
-    def block_size(self, dtype: torch.dtype) -> int:
-        """The matrix unit takes values of 32 tokens at once, which have to lie in one block (src/cache_layout.h)."""
-        return 32 if dtype is torch.bfloat16 else 16
-
-    def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
-        """As the base's; logits that nothing changes are drawn from in the type that they have."""
-        return super().adjust(logits, changes) if changes else logits
-
-    def _drawn(self, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        tokens, flags = self._sampling.draw(logits, *settings)
-        return tokens, flags
-
-    def own_threads(self) -> None:
-        """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""
-        torch.set_num_threads(1)
-
-    def make_linear(
-        self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
-    ) -> Product:
-        return self._finish(self._products.pack(weights, biases, gate, self.quantization))
-
-    def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
-        return self._finish(self._products.pack([weight], [bias], None, None))
-
-    def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
-        return self._finish(self._products.pack_head(weight, bias, self.quantization))
-
-    def _finish(self, product: CpuProduct) -> CpuProduct:
-        """The product as these kernels give it away."""
-        return product
-
-    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
-        """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
-        ups = [self._products.pack([w], [None], activation, self.quantization) for w in gate_up]
-        downs = [self._products.pack([w], [None], None, self.quantization) for w in down]
-
-        def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
-            return reference.mix_by_expert(
-                x, ids, weights, lambda expert, rows: downs[expert](ups[expert](rows)), residual
-            )
-
-        return mix
-
-    def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
-        return self._look_up(self._products.table_of(weight, head), weight.dtype)
-
-    def _look_up(self, table: Tensor | PackedLinear, dtype: torch.dtype) -> Lookup:
-        if isinstance(table, Tensor):
-            return super().make_embedding(table, None)
-        return lambda ids: table.rows(ids, dtype)
-
-
-def _why_no_triton() -> str | None:
-    """Why the Triton kernels can't run here, in one line; None if they can."""
-    if not gpu.available():
-        return "the GPU kernels need Triton: pip install 'tokenmill[gpu]'"
-    reason: str | None = gpu.check_toolchain()
-    return reason
-
-
-def select_kernels(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    deterministic: bool = False,
-    quantization: Quantization | None = None,
-) -> ReferenceKernels:
-    """The fastest kernels that work on `device` with `dtype`.
-
-    `deterministic`: every result stays the same to the bit in any batch, where that costs speed too.
-    `quantization` of the weights reaches those kernels alone that say `quantizes`.
-    """
-    wanted = os.environ.get("TOKENMILL_KERNELS", "triton" if device.type == "cuda" else "cpu")
-    if wanted == "triton":
-        reason = _why_no_triton()
-        if reason is None:
-            from tokenmill.engine.gpu_kernels import GpuKernels
-
-            return GpuKernels(device, dtype, deterministic=deterministic, quantization=quantization)
-        logger.warning("%s; plain torch runs instead, slowly", reason)
-    elif wanted == "cpu" and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
-        from tokenmill.kernels.cpu.library import current
-
-        if current() is not None:
-            from tokenmill.engine.cpu_tape import TracingKernels
-
-            return TracingKernels(quantization)
-    return ReferenceKernels()
-
-
-def configured_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
-    """The kernels for `config`, with the threads that it gives them; raises LoadError where they can't do it."""
-    if config.threads is not None:
-        use_threads(config.threads)
-    kernels = select_kernels(
-        device, dtype, deterministic=config.deterministic is True, quantization=config.quantization
-    )
-    if config.quantization is not None and config.quantization not in kernels.quantizations:
-        raise LoadError(
-            f"{config.source}: the {kernels.name} kernels, which run here, have no quantization "
-            f"{config.quantization}; leave it out"
-        )
-    return kernels
-
-
-def use_threads(count: int) -> None:
-    """Give the forward pass on a CPU `count` threads: torch's and, where they can be built, our kernels'."""
-    from tokenmill.kernels.cpu import library
-
-    torch.set_num_threads(count)
-    if library.current() is not None:
-        library.set_threads(count)

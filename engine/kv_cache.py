@@ -30,8 +30,6 @@ class KVCache:
     """All layers' tensors; `caches[i]` is layer i's (k, v)."""
 
     caches: list[tuple[Tensor, Tensor]]
-    num_blocks: int
-    block_size: int
 
     def touches(self) -> Iterator[None]:
         """Make a CPU cache's first blocks ready, those of one tensor each time that the iterator is advanced."""
@@ -40,11 +38,6 @@ class KVCache:
             if not memory.touch(tensor, 0, min(tensor.nbytes, TOUCHED_BYTES // len(tensors))):
                 return
             yield
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit."""
-        return self.num_blocks * self.block_size
 
 
 def block_bytes(layers: list[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
@@ -109,7 +102,7 @@ def allocate(
         )
         for x in layers
     ]
-    return KVCache(caches, num_blocks, block_size)
+    return KVCache(caches)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -50,8 +50,6 @@ class LoadedModel:
 
     module: PreTrainedModel | None
     """None once the fused decoder has taken the weights over."""
-    hf_config: PreTrainedConfig
-    """The text model's own config."""
     tokenizer: TokenizerInfo
     device: torch.device
     dtype: torch.dtype
@@ -106,7 +104,6 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     vars(module.config)["pad_token_id"] = None
     return LoadedModel(
         module=module,
-        hf_config=text_config,
         tokenizer=opened.tokenizer,
         device=device,
         dtype=dtype,

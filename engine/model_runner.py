@@ -23,7 +23,8 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
-from tokenmill.engine.kernel_set import ReferenceKernels, configured_kernels
+from tokenmill.engine.kernel_choice import configured_kernels
+from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tokenmill.engine import attention, decoder_spec
+from tokenmill.engine import attention
 from tokenmill.engine.attention import LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.decoder import Decoder, Sum
+from tokenmill.engine.describe import describe
 from tokenmill.engine.forward import ModelLogits, PagedForward
 from tokenmill.engine.input_batch import StepInputs, block_pairs
 from tokenmill.engine.kernel_set import Product, ReferenceKernels
@@ -81,10 +82,15 @@ class ParallelForward(PagedForward):
         kernels: ReferenceKernels,
         ranks: Ranks,
         arrive: Callable[[], None],
+        tell: Callable[[RankStep], None] | None = None,
     ) -> None:
-        """`arrive` is called when this rank has its weights, before it waits for the others."""
+        """`arrive` is called when this rank has its weights, before it waits for the others.
+
+        `tell` sends a step to the others: rank 0's, which is called; the others `follow` it.
+        """
         self._ranks = ranks
         self._arrive = arrive
+        self._tell = tell
         self._staging = Staging(model.device)
         super().__init__(model, config, kernels)
 
@@ -97,7 +103,7 @@ class ParallelForward(PagedForward):
                 f"{model.model_type}; leave it out"
             )
         layers = attention.probe_layers(module, multiply=False)
-        described = decoder_spec.describe(module, layers, model.max_context, form == "interleaved")
+        described = describe(module, layers, model.max_context, form == "interleaved")
         model.module = module = None
         self._kernels.own_threads()
         try:
@@ -136,6 +142,17 @@ class ParallelForward(PagedForward):
     def _speed_up(self, dtype: torch.dtype) -> None:
         """Nothing to do: a step that is one call has no place to wait for other ranks in."""
 
+    def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
+        assert self._tell is not None
+        try:
+            host = [array.tobytes() for array in inputs.host]
+            self._tell(RankStep(host, inputs.decodes, inputs.carried is not None, step.copies))
+            if inputs.carried is not None:
+                self._ranks.share(inputs.input_ids)
+            return super().__call__(step, inputs)
+        except Exception as error:
+            raise RanksLost("a step failed while other ranks were in it") from error
+
     def follow(self, step: RankStep) -> None:
         """Do this rank's part of a step."""
         ids, positions, slots, table, lengths, starts, rows = self._staging.put(step.host_arrays())
@@ -145,35 +162,3 @@ class ParallelForward(PagedForward):
         self._logits(ids, positions, metadata, rows)
         if step.copies:
             self.copy_blocks(*self._staging.put(block_pairs(step.copies)))
-
-
-class LeadingForward(ParallelForward):
-    """Rank 0's part, which tells the others what to do."""
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        config: EngineConfig,
-        kernels: ReferenceKernels,
-        ranks: Ranks,
-        arrive: Callable[[], None],
-        tell: Callable[[RankStep], None],
-    ) -> None:
-        self._tell = tell
-        super().__init__(model, config, kernels, ranks, arrive)
-
-    def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
-        try:
-            self._tell(
-                RankStep(
-                    [array.tobytes() for array in inputs.host],
-                    inputs.decodes,
-                    inputs.carried is not None,
-                    step.copies,
-                )
-            )
-            if inputs.carried is not None:
-                self._ranks.share(inputs.input_ids)
-            return super().__call__(step, inputs)
-        except Exception as error:
-            raise RanksLost("a step failed while other ranks were in it") from error

@@ -60,7 +60,7 @@ class RankHost:
     def _follow(self, begin: Begin) -> None:
         import torch
 
-        from tokenmill.engine.kernel_set import configured_kernels
+        from tokenmill.engine.kernel_choice import configured_kernels
         from tokenmill.engine.loader import load
         from tokenmill.engine.parallel_forward import ParallelForward
         from tokenmill.engine.ranks import Ranks

@@ -7,7 +7,7 @@
 Blocks for everything that a sequence has already (prompt, and output after a preemption) are taken when it is
 admitted, so only decodes allocate later. `schedule` advances `num_computed` and `pending` at once, before the
 step has run: the next step may be scheduled while this one is on the device. What comes out of a step is
-recorded by `engine.py` through `append`, `finish` and `commit`.
+recorded by `delivery.py` through `append`, `finish` and `commit`.
 """
 
 from __future__ import annotations

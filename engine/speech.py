@@ -37,6 +37,8 @@ class Speaker(Protocol):
         """
 
 
+SHOWN = 12
+"""Voices that a message names."""
 Loader = Callable[[Checkpoint, torch.device, Progress], Speaker]
 
 LOADERS: dict[str, Loader] = {"vits": load_vits}
@@ -101,6 +103,6 @@ def _names(voices: list[str], further: dict[str, str]) -> dict[str, str]:
     return {**further, **{voice: voice for voice in voices if voice not in further}}
 
 
-def listed(voices: list[str], most: int = 12) -> str:
+def listed(voices: list[str]) -> str:
     """Voices for a message: all of few, the ends of many."""
-    return ", ".join(voices if len(voices) <= most else [*voices[: most - 2], "…", voices[-1]])
+    return ", ".join(voices if len(voices) <= SHOWN else [*voices[: SHOWN - 2], "…", voices[-1]])

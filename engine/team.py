@@ -33,7 +33,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.parallel_forward import LeadingForward
+from tokenmill.engine.parallel_forward import ParallelForward
 from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, RankStep
 from tokenmill.engine.ranks import Ranks, taken
 from tokenmill.kernels.cpu.library import default_threads
@@ -91,7 +91,7 @@ class Team:
     @torch.no_grad()
     def build_forward(
         self, model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels
-    ) -> LeadingForward:
+    ) -> ParallelForward:
         """Rank 0's forward pass. Takes the model's weights over; returns when every rank has its part.
 
         Only now do the others load: what loading leaves in caches (a download, a converted file, a verdict) is there.
@@ -101,7 +101,7 @@ class Team:
         if not self._in_turn:
             for rank in range(1, len(self._configs)):
                 self._begin(rank)
-        return LeadingForward(model, config, kernels, self._ranks, self._wait_for_all, self._tell)
+        return ParallelForward(model, config, kernels, self._ranks, self._wait_for_all, self._tell)
 
     def _begin(self, rank: int) -> None:
         with suppress(OSError):  # a rank that is gone is noticed when it is waited for

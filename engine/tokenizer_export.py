@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 MARK = "tokenmillmark"
 SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def load_tokenizer_info(folder: Path, config: PreTrainedConfig, hub_id: str) -> TokenizerInfo:

@@ -20,6 +20,15 @@ MAX_BODY = 1024
 """Bytes; some clients send an empty object with every POST."""
 LOAD = "/v1/models/{model_id}/load"
 UNLOAD = "/v1/models/{model_id}/unload"
+LOAD_MEANING = (
+    "Starts it and answers when it is loaded. Needs an admin key. Loading what is loaded does nothing. While its old "
+    "process still finishes requests, it is loaded after that."
+)
+UNLOAD_MEANING = (
+    "Takes no more requests for it, lets the running ones finish, ends its process and answers. Needs an admin key. "
+    "What speaks its answers goes with it. A model with `load: lazy` is loaded again when a request asks for it; any "
+    "other answers 503 `model_unloaded` until it is loaded by the route above."
+)
 
 
 def add_admin_routes(app: FastAPI, registry: Registry, keys: KeyRing) -> list[Operation]:
@@ -32,29 +41,11 @@ def add_admin_routes(app: FastAPI, registry: Registry, keys: KeyRing) -> list[Op
             raise draining()
         return registry.find(model_id)
 
-    # The path converter takes the longest id that leaves `/load` behind it.
-    @app.post(
-        LOAD.replace("model_id", "model_id:path"),
-        summary="Load a model",
-        response_class=Response,
-        operation_id="load_model",
-        description="Starts it and answers when it is loaded. Needs an admin key. Loading what is loaded does "
-        "nothing. While its old process still finishes requests, it is loaded after that.",
-    )
     async def load(request: Request, model_id: ModelId) -> Response:
         variant, model = await admit(request, model_id)
         await model.load()
         return json_response(registry.describe(variant))
 
-    @app.post(
-        UNLOAD.replace("model_id", "model_id:path"),
-        summary="Unload a model",
-        response_class=Response,
-        operation_id="unload_model",
-        description="Takes no more requests for it, lets the running ones finish, ends its process and answers. "
-        "Needs an admin key. What speaks its answers goes with it. A model with `load: lazy` is loaded again when a "
-        "request asks for it; any other answers 503 `model_unloaded` until it is loaded by the route above.",
-    )
     async def unload(request: Request, model_id: ModelId) -> Response:
         variant, model = await admit(request, model_id)
         await model.unload()
@@ -62,6 +53,20 @@ def add_admin_routes(app: FastAPI, registry: Registry, keys: KeyRing) -> list[Op
             await model.voice.unload()
         return json_response(registry.describe(variant))
 
+    for path, handler, verb, meaning in (
+        (LOAD, load, "load", LOAD_MEANING),
+        (UNLOAD, unload, "unload", UNLOAD_MEANING),
+    ):
+        app.add_api_route(
+            # The path converter takes the longest id that leaves `/load` behind it.
+            path.replace("model_id", "model_id:path"),
+            handler,
+            methods=["POST"],
+            summary=f"{verb.capitalize()} a model",
+            response_class=Response,
+            operation_id=f"{verb}_model",
+            description=meaning,
+        )
     return [
         Operation(LOAD, ModelRow, errors=("400", "403", "404", "409", "413", "415", "503"), posts=True),
         Operation(UNLOAD, ModelRow, errors=("400", "403", "404", "413", "415", "503"), posts=True),

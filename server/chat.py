@@ -11,14 +11,11 @@ from tokenmill.server.body import read_body
 from tokenmill.server.chat_answer import ChatAnswer
 from tokenmill.server.chat_parse import ChatInput, parse_chat
 from tokenmill.server.chat_prompt import ChatPrompt, chat_prompt
-from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Exchange, Writer
+from tokenmill.server.completions import Asked, CompletionEndpoint, Exchange, Writer
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import ApiError
 from tokenmill.server.generation import Generation
 from tokenmill.server.loaded_engine import Engine
-from tokenmill.server.model import Model
-from tokenmill.server.plan import Variant
-from tokenmill.server.protocol import CompletionRequest
 
 
 class ChatEndpoint(CompletionEndpoint):
@@ -36,16 +33,8 @@ class ChatEndpoint(CompletionEndpoint):
 class ChatExchange(Exchange):
     """One chat request to one model, and its answer."""
 
-    def __init__(
-        self,
-        chat: ChatInput,
-        options: EndpointOptions,
-        request: CompletionRequest,
-        variant: Variant,
-        model: Model,
-        context: RequestContext,
-    ) -> None:
-        super().__init__(options, request, variant, model, context)
+    def __init__(self, chat: ChatInput, asked: Asked) -> None:
+        super().__init__(asked)
         self._chat = chat
         self._prompt: ChatPrompt
 

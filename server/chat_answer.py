@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from tokenmill.server.answer import DONE
 from tokenmill.server.chat_prompt import ChatPrompt
 from tokenmill.server.chat_text import ChatText
 from tokenmill.server.generation import Choice, Generation
@@ -14,7 +15,6 @@ from tokenmill.server.logprobs import ScoredTokens, chat_content, prompt_logprob
 from tokenmill.server.protocol import CompletionRequest
 
 _encode = msgspec.json.Encoder().encode
-DONE = b"data: [DONE]\n\n"
 FIRST_DELTA = {"role": "assistant", "content": "", "refusal": None}
 NO_LOGPROBS = b"null"
 

@@ -80,8 +80,10 @@ class CompletionEndpoint:
         context.model = variant.name
         status = 500
         try:
-            begin = exchange or Exchange
-            await begin(self._options, request, variant, model, context).run(receive, send)
+            asked = Asked(
+                options=self._options, request=request, variant=variant, model=model, context=context
+            )
+            await (exchange or Exchange)(asked).run(receive, send)
             status = 200
         except ApiError as error:
             status = error.status
@@ -95,22 +97,25 @@ class CompletionEndpoint:
             model.metrics.outcomes[str(status)] += 1
 
 
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked request, whom it is for, and how its route answers."""
+
+    options: EndpointOptions
+    request: CompletionRequest
+    variant: Variant
+    model: Model
+    context: RequestContext
+
+
 class Exchange:
     """One request to one model, and its answer."""
 
-    def __init__(
-        self,
-        options: EndpointOptions,
-        request: CompletionRequest,
-        variant: Variant,
-        model: Model,
-        context: RequestContext,
-    ) -> None:
-        self._options = options
-        self._request = request
-        self._variant = variant
-        self._model = model
-        self._context = context
+    def __init__(self, asked: Asked) -> None:
+        self._options = asked.options
+        self._request = asked.request
+        self._variant = asked.variant
+        self._model = asked.model
+        self._context = asked.context
 
     async def run(self, receive: Receive, send: Send) -> None:
         """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
@@ -187,7 +192,7 @@ class Exchange:
         return Answer(generation, self._request, self._request.model or self._variant.name)
 
 
-MakeExchange = Callable[[EndpointOptions, CompletionRequest, Variant, Model, RequestContext], Exchange]
+MakeExchange = Callable[[Asked], Exchange]
 
 
 class Writer(EventWriter, Protocol):

@@ -9,15 +9,13 @@ from starlette.types import Receive, Scope, Send
 
 from tokenmill.server.admission import Job, make_job
 from tokenmill.server.body import decode_object, read_body
-from tokenmill.server.completions import CompletionEndpoint, EndpointOptions, Exchange, Writer
+from tokenmill.server.completions import Asked, CompletionEndpoint, Exchange, Writer
 from tokenmill.server.context import RequestContext
 from tokenmill.server.fim_answers import FimAnswer, InfillAnswer, LineRules
 from tokenmill.server.fim_protocol import FimRequest, InfillRequest
 from tokenmill.server.generation import Generation
 from tokenmill.server.loaded_engine import Engine
-from tokenmill.server.model import Model
 from tokenmill.server.parse import check_conflicts, validated
-from tokenmill.server.plan import Variant
 from tokenmill.server.prompts import Infill
 from tokenmill.server.protocol import CompletionRequest
 
@@ -113,16 +111,8 @@ class FimExchange(Exchange):
 class InfillExchange(FimExchange):
     """One request in llama.cpp's shape."""
 
-    def __init__(
-        self,
-        infill: InfillRequest,
-        options: EndpointOptions,
-        request: CompletionRequest,
-        variant: Variant,
-        model: Model,
-        context: RequestContext,
-    ) -> None:
-        super().__init__(options, request, variant, model, context)
+    def __init__(self, infill: InfillRequest, asked: Asked) -> None:
+        super().__init__(asked)
         self._fields = infill
 
     async def _job(self, engine: Engine, salt: str) -> Job:

@@ -32,10 +32,10 @@ class OneLineFormatter(logging.Formatter):
         return line
 
 
-def configure(secrets: tuple[str, ...] = (), level: int = logging.INFO) -> None:
+def configure(secrets: tuple[str, ...] = ()) -> None:
     """Send everything to stderr in one format. uvicorn's own lines are kept from warnings on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter(secrets))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -34,6 +34,15 @@ def test_documents_name_files_that_exist(name: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("folder", ["engine", "kernels"])
+def test_every_file_can_be_found_from_the_architecture_page(folder: str) -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    _, _, table = page.partition(f"| idea | `{folder}/` |")
+    named = re.findall(r"`([\w/]+\.py)`", table.partition("\n\n")[0])
+    there = [str(file.relative_to(ROOT / folder)) for file in (ROOT / folder).rglob("*.py")]
+    assert sorted(named) == sorted(there)
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_make_targets_that_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))

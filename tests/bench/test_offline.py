@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tokenmill.bench import cli, limits
 from tokenmill.bench.footprint import footprint_of
@@ -85,7 +86,7 @@ def test_middle_run(driver: Driver) -> None:
 
 
 def test_footprint_counts_what_a_step_reads(driver: Driver, checkpoint: Path) -> None:
-    config, found = driver.engine.model.hf_config, footprint_of(driver.engine)
+    config, found = AutoConfig.from_pretrained(checkpoint), footprint_of(driver.engine)
     shapes = [tensor.shape for tensor in load_file(checkpoint / "model.safetensors").values()]
     matrices = sum(shape.numel() for shape in shapes if len(shape) == 2)
     tied = config.tie_word_embeddings
@@ -101,7 +102,7 @@ def test_footprint_of_a_mixture(tmp_path: Path) -> None:
     make_tiny("qwen3_moe", tmp_path)
     settings = {"device": "cpu", "dtype": "float32", "num_blocks": 16, "max_batch": 1, "fused_decoder": False}
     engine = LLM(str(tmp_path), **settings).engine
-    config, found = engine.model.hf_config, footprint_of(engine)
+    config, found = AutoConfig.from_pretrained(tmp_path), footprint_of(engine)
     assert found.expert_share == config.num_experts_per_tok / config.num_experts < 1
     assert found.expert_weights == sum(
         p.numel() for name, p in engine.model.module.named_parameters() if "experts" in name

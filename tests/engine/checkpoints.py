@@ -10,17 +10,41 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tokenmill.engine import attention, guards
+from tokenmill.engine import attention, guards, loader
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.tiny import make_tiny
 
 PAGED_TYPES = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "phi3",
     "gpt2", "opt", "starcoder2", "gpt_oss", "deepseek_v3", "olmo2", "cohere", "glm4", "granite",
 )  # fmt: skip
+TEXTS = ("The mill stands by the river.", "水車 🌾 <|im_end|>\n\n  a", "")
+
+
+def load(source: Path | str, **options: Any) -> LoadedModel:
+    """A model, loaded as an engine does it."""
+    return loader.load(EngineConfig(source=str(source), **options), lambda stage, fraction: None)
+
+
+def refusal(source: Path | str, **options: Any) -> str:
+    """The one line by which it isn't loaded."""
+    with pytest.raises(LoadError) as caught:
+        load(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def texts(width: int) -> list[torch.Tensor]:
+    """Random ids below `width`, as long as the guards' texts."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, width, (n,), generator=generator) for n in guards.LENGTHS]
 
 
 @cache

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tokenmill.bench.gpu_models import SHAPES, build_module
-from tokenmill.engine import attention, decoder_spec, kv_cache
+from tokenmill.engine import attention, kv_cache
 from tokenmill.engine.attention import AttentionMetadata
 from tokenmill.engine.cuda_graph import DecodeGraphs, StaticRows, record
 from tokenmill.engine.decoder import Decoder
+from tokenmill.engine.describe import describe
 from tokenmill.engine.gpu_kernels import GpuKernels
 from tokenmill.kernels.gpu.offline import META, compiling_for
 
@@ -49,7 +50,7 @@ def main() -> None:
     module = build_module(fields, torch.device("cpu"), DTYPE, attention.NAME)
     layers = attention.probe_layers(module)
     with torch.inference_mode():
-        described = to_meta(decoder_spec.describe(module, layers, 512))
+        described = to_meta(describe(module, layers, 512))
         with compiling_for(90) as compiled:
             kernels = GpuKernels(META, DTYPE)
             kernels.overlaps = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest
 from checkpoints import tiny
 
 from tokenmill.engine import LLM, SamplingParams
@@ -37,9 +39,18 @@ def make(graphs: bool, model_type: str = "llama", **settings: object) -> LLM:
     return llm
 
 
+@cache
+def shared(graphs: bool) -> LLM:
+    """An engine that tests share: they leave its settings as they were."""
+    return make(graphs)
+
+
+@cache
 def on_cpu(model_type: str = "llama") -> LLM:
-    """The engine on the kernels that the environment chooses."""
-    return LLM(checkpoint(model_type), max_context=64, num_blocks=24, max_batch=4, dtype="float32")
+    """A shared engine on the CPU's own kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TOKENMILL_KERNELS", raising=False)
+        return LLM(checkpoint(model_type), max_context=64, num_blocks=24, max_batch=4, dtype="float32")
 
 
 def texts(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:

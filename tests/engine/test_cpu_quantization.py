@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenmill.engine import LLM, SamplingParams, cpu_products
 from tokenmill.engine.config import Quantization
-from tokenmill.engine.kernel_set import CpuKernels, Mixture, Product, ReferenceKernels
+from tokenmill.engine.cpu_kernels import CpuKernels
+from tokenmill.engine.kernel_set import Mixture, Product, ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
@@ -88,7 +89,7 @@ def quantized(
 def unpacked(model_type: str, quantization: Quantization, monkeypatch: pytest.MonkeyPatch) -> LLM:
     kernels = UnpackedKernels(quantization)
     with monkeypatch.context() as patched:
-        patched.setattr("tokenmill.engine.kernel_set.select_kernels", lambda *_, **__: kernels)
+        patched.setattr("tokenmill.engine.kernel_choice.select_kernels", lambda *_, **__: kernels)
         return quantized(model_type, quantization)
 
 

@@ -254,6 +254,6 @@ def test_threads_of_the_configuration_are_used(
     folder: str, monkeypatch: pytest.MonkeyPatch, threads: int | None, expected: list[int]
 ) -> None:
     used: list[int] = []
-    monkeypatch.setattr("tokenmill.engine.kernel_set.use_threads", used.append)
+    monkeypatch.setattr("tokenmill.engine.kernel_choice.use_threads", used.append)
     LLM(folder, max_context=128, num_blocks=60, threads=threads)
     assert used == expected

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from checkpoints import eager_model, greedy_gap
+from checkpoints import eager_model, greedy_gap, tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tokenmill.engine import LLM, SamplingParams
@@ -37,8 +37,8 @@ def by_speed(types: set[str]) -> list[object]:
 
 
 @pytest.mark.parametrize("model_type", by_speed(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_SERVED)))
-def test_greedy_text_is_that_of_recomputation(model_type: str, tmp_path: Path) -> None:
-    folder = make_tiny(model_type, tmp_path / "model")
+def test_greedy_text_is_that_of_recomputation(model_type: str) -> None:
+    folder = tiny(model_type)
     llm = LLM(str(folder), max_context=64, num_blocks=40, max_batch=4)
     generator = random.Random(3)
     prompts = [[generator.randrange(3, 320) for _ in range(length)] for length in (12, 2, 21)]

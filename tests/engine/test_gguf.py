@@ -16,18 +16,13 @@ from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.tiny import make_tiny
 from tokenmill.engine.weight_files import read_gguf_header
-from tokenmill.kernels.cpu import library
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 PROMPTS = [[7, 3, 250, 99, 101, 14, 15, 16, 200, 201], list(range(20, 65)), [9]]
 AS_PUBLISHED = {"qwen3": {"head_dim": 128}, "gemma2": {"tie_word_embeddings": True}}
 """What transformers' reader takes for granted, since every published model of the type has it."""
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.current()  # the kernels' own cache stays what it is
-    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
 
 
 def packed(file: Path) -> LLM:

@@ -6,41 +6,13 @@ import errno
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoints import paged_logits, tiny, tiny_gguf
+from checkpoints import TEXTS, load, paged_logits, refusal, texts, tiny, tiny_gguf
 from tokenizers import Tokenizer
 
-from tokenmill.engine import gguf_cache, guards, loader
-from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.load_error import LoadError
-from tokenmill.engine.loader import LoadedModel
-
-TEXTS = ("The mill stands by the river.", "水車 🌾 <|im_end|>\n\n  a", "")
-
-
-def load(source: Path | str, **options: Any) -> LoadedModel:
-    return loader.load(EngineConfig(source=str(source), **options), lambda stage, fraction: None)
-
-
-def refusal(source: Path | str, **options: Any) -> str:
-    with pytest.raises(LoadError) as caught:
-        load(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def texts(width: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, width, (n,), generator=generator) for n in guards.LENGTHS]
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+from tokenmill.engine import gguf_cache, guards
 
 
 def test_gguf_equals_its_safetensors(own_cache: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from checkpoints import eager_model
-from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, on_cpu, texts
+from gpu_models import FULL, GREEDY, MIXED, PROMPTS, SEEDED, checkpoint, make, shared, texts
 
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.config import EngineConfig
@@ -19,24 +19,18 @@ from tokenmill.engine.forward import PagedForward
 from tokenmill.engine.messages import Add
 from tokenmill.engine.sampling_params import Grammar
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENMILL_KERNELS", "triton")
-
-
-@pytest.fixture(scope="module")
-def plain() -> LLM:
-    """The engine on the CPU's own kernels."""
-    return on_cpu()
+pytestmark = [
+    pytest.mark.usefixtures("triton"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 
 @pytest.fixture
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    """With its decode steps captured, unless the test says False."""
-    one = make(getattr(request, "param", True))
+    """With its decode steps captured, unless the test says False; its cache is empty."""
+    one = shared(getattr(request, "param", True))
+    one.engine.pool.reset_cache()
+    one.engine.overlap = False
     yield one
     one.engine.scheduler.check_integrity()
     assert one.engine.pool.used_blocks == 0
@@ -146,8 +140,7 @@ def test_buckets_are_captured_between_steps(plain: LLM) -> None:
 
 def test_profiling_runs_steps_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What only a GPU does at load, here with its questions about memory answered."""
-    llm = make(False)
-    runner = llm.engine.runner
+    runner = shared(False).engine.runner
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)

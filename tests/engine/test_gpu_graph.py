@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.cuda_graph import DecodeGraphs, Recorded, StaticRows, buckets_up_to, record
-from tokenmill.engine.kernel_set import ReferenceKernels, select_kernels
+from tokenmill.engine.kernel_choice import select_kernels
+from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.staging import ALIGNMENT, LINES, Staging
 from tokenmill.kernels import gpu
 

@@ -17,12 +17,20 @@ from tokenmill.engine.progress import quiet
 from tokenmill.engine.tiny import tiny_config
 from tokenmill.kernels import reference
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 DECODER_HALVES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2",
     "olmo3", "starcoder2", "smollm3", "seed_oss", "phi",
 )  # fmt: skip
 DECODER_INTERLEAVED = ("glm", "glm4", "cohere", "ernie4_5", "helium")
 OWN_CODE = ("gpt2", "opt", "deepseek_v3", "gemma4_text", "bert", "gemma3")
+DECODER_FORMS = {
+    **dict.fromkeys(DECODER_HALVES, "halves"),
+    **dict.fromkeys(DECODER_INTERLEAVED, "interleaved"),
+    **dict.fromkeys(OWN_CODE, None),
+}
+"""In which form the fused decoder is right for a type; None: in neither."""
 
 
 def types_of(model_type: str, **overrides: Any) -> tuple[Any, Any]:
@@ -31,31 +39,13 @@ def types_of(model_type: str, **overrides: Any) -> tuple[Any, Any]:
         return causal_lm_class(tiny_config(model_type, 2, 64, 320, overrides))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.mark.parametrize("model_type", sorted({*PAGED_TYPES, "olmoe", "cohere2"}))
+@pytest.mark.parametrize("model_type", sorted({*PAGED_TYPES, *DECODER_FORMS, "olmoe", "cohere2"}))
 def test_passes(model_type: str) -> None:
     verdict = check(*types_of(model_type))
     assert verdict.refusal is None
     assert verdict.fusible
-
-
-@pytest.mark.parametrize(
-    ("form", "model_type"),
-    [
-        *(("halves", x) for x in DECODER_HALVES),
-        *(("interleaved", x) for x in DECODER_INTERLEAVED),
-        *((None, x) for x in OWN_CODE),
-    ],
-)
-def test_says_whether_the_fused_decoder_is_right(form: str | None, model_type: str) -> None:
-    verdict = check(*types_of(model_type))
-    assert verdict.refusal is None
-    assert verdict.decoder == form
+    if model_type in DECODER_FORMS:
+        assert verdict.decoder == DECODER_FORMS[model_type]
 
 
 def test_a_decoder_that_computes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

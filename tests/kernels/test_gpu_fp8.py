@@ -99,8 +99,10 @@ def test_what_is_not_finite_stays_visible(wild: float, tile: Fp8Tile) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("inputs", [64, 300, 512, 1040])
-@pytest.mark.parametrize(("rows", "outputs"), [(1, 16), (15, 33), (16, 64), (17, 65), (40, 130), (129, 129)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(1, 16, 64), (15, 33, 300), (16, 64, 512), (17, 65, 1040), (40, 130, 300), (129, 129, 64)],
+)
 def test_fp8_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x = gpu.quantize_rows(random(rows, inputs, dtype=dtype))
     weight = quantize_fp8(random(outputs, inputs, seed=1))

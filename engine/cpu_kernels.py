@@ -1,0 +1,99 @@
+"""The C++ kernels as a kernel set. A step of the fused decoder plays them from a tape (`cpu_tape.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmill.engine import cpu_products
+from tokenmill.engine.block_weight import Weight
+from tokenmill.engine.config import Quantization
+from tokenmill.engine.cpu_products import CpuProduct
+from tokenmill.engine.kernel_set import Adjustments, Lookup, Mixture, Product, ReferenceKernels, Settings
+from tokenmill.kernels import reference
+from tokenmill.kernels.cpu import attention, elementwise, sampling
+from tokenmill.kernels.cpu.linear import PackedLinear
+
+
+class CpuKernels(ReferenceKernels):
+    """The C++ kernels, for bfloat16 and float32."""
+
+    name = "cpu"
+    quantizations = frozenset({"int8", "int4", "gguf"})
+
+    rope_store = staticmethod(elementwise.rope_store)
+    rms_norm = staticmethod(elementwise.rms_norm)
+    layer_norm = staticmethod(elementwise.layer_norm)
+    activate = staticmethod(elementwise.activate)
+    apply_penalties = staticmethod(sampling.apply_penalties)
+    apply_bitmask = staticmethod(sampling.apply_bitmask)
+    sample = staticmethod(sampling.sample)
+    token_logprobs = staticmethod(sampling.token_logprobs)
+
+    def __init__(self, quantization: Quantization | None = None) -> None:
+        self.quantization = quantization
+        self.store_kv = self._store
+        self.paged_attention = self._attend
+
+    def _store(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        dtype = k_cache.dtype
+        attention.store_kv(
+            key.to(dtype).contiguous(), value.to(dtype).contiguous(), k_cache, v_cache, slots.contiguous()
+        )
+
+    def _attend(self, query: Tensor, *args: Any, **options: Any) -> Tensor:
+        return attention.paged_attention(query.contiguous(), *args, **options)
+
+    def block_size(self, dtype: torch.dtype) -> int:
+        """The matrix unit takes values of 32 tokens at once, which have to lie in one block (src/cache_layout.h)."""
+        return 32 if dtype is torch.bfloat16 else 16
+
+    def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
+        """As the base's; logits that nothing changes are drawn from in the type that they have."""
+        return super().adjust(logits, changes) if changes else logits
+
+    def _drawn(self, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        tokens, flags = sampling.draw(logits, *settings)
+        return tokens, flags
+
+    def own_threads(self) -> None:
+        """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""
+        torch.set_num_threads(1)
+
+    def make_linear(
+        self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
+    ) -> Product:
+        return self._finish(cpu_products.pack(weights, biases, gate, self.quantization))
+
+    def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
+        return self._finish(cpu_products.pack([weight], [bias], None, None))
+
+    def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
+        return self._finish(cpu_products.pack_head(weight, bias, self.quantization))
+
+    def _finish(self, product: CpuProduct) -> CpuProduct:
+        """The product as these kernels give it away."""
+        return product
+
+    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+        """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
+        ups = [cpu_products.pack([w], [None], activation, self.quantization) for w in gate_up]
+        downs = [cpu_products.pack([w], [None], None, self.quantization) for w in down]
+
+        def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
+            return reference.mix_by_expert(
+                x, ids, weights, lambda expert, rows: downs[expert](ups[expert](rows)), residual
+            )
+
+        return mix
+
+    def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
+        return self._look_up(cpu_products.table_of(weight, head), weight.dtype)
+
+    def _look_up(self, table: Tensor | PackedLinear, dtype: torch.dtype) -> Lookup:
+        if isinstance(table, Tensor):
+            return super().make_embedding(table, None)
+        return lambda ids: table.rows(ids, dtype)

@@ -1,0 +1,69 @@
+"""Requests whose grammars are being compiled: they join the scheduler's queue when those are ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import NamedTuple
+
+from tokenmill.engine.grammar import GrammarCompiler, GrammarError, Matcher
+from tokenmill.engine.request import Sequence
+from tokenmill.engine.sampling_params import Grammar
+
+COMPILE_SECONDS = 10.0
+
+
+class Compiling(NamedTuple):
+    """A grammar on its way, and by when it must be here (monotonic seconds)."""
+
+    grammar: Grammar
+    matcher: Future[Matcher]
+    deadline: float
+
+
+class GrammarQueue:
+    """First choices of requests, with their children behind them, that wait for a compiler."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._waiting: dict[Sequence, Compiling] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, first: Sequence, grammar: Grammar) -> None:
+        """Begin to compile a request's grammar."""
+        deadline = time.monotonic() + COMPILE_SECONDS
+        self._waiting[first] = Compiling(grammar, self._compiler.compile(grammar), deadline)
+
+    def take(self, first: Sequence) -> Compiling | None:
+        """Forget a sequence; what it waited for, where it waited."""
+        return self._waiting.pop(first, None)
+
+    def put(self, first: Sequence, compiling: Compiling) -> None:
+        """Let a sequence wait for what another one was taken from."""
+        self._waiting[first] = compiling
+
+    def ready(self, patience_s: float) -> Iterator[tuple[Sequence, BaseException | None]]:
+        """Those that wait no longer: their choices have matchers, or there is an error (a `GrammarError`, if it is
+        the request's own). Waits so long for the first of them."""
+        if self._waiting:
+            futures = [compiling.matcher for compiling in self._waiting.values()]
+            wait(futures, timeout=patience_s, return_when=FIRST_COMPLETED)
+        for first, compiling in list(self._waiting.items()):
+            if compiling.matcher.done():
+                del self._waiting[first]
+                error = compiling.matcher.exception()
+                if error is None:
+                    self._start(first, compiling)
+                yield first, error
+            elif time.monotonic() > compiling.deadline:
+                del self._waiting[first]
+                yield first, GrammarError(f"the grammar took longer than {COMPILE_SECONDS} s to compile")
+
+    def _start(self, first: Sequence, compiling: Compiling) -> None:
+        matcher = compiling.matcher.result()
+        self._compiler.remember(compiling.grammar, matcher)
+        for sequence in [first, *first.children]:
+            sequence.matcher = matcher.copy()
