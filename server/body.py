@@ -31,8 +31,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         )
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
     if encoding.strip().lower() != "identity":
-        message = f"the body must come without Content-Encoding, not in {shorten(encoding)}"
-        raise ApiError(415, message, headers=_CLOSE)
+        raise ApiError(
+            415, f"the body must come without Content-Encoding, not in {shorten(encoding)}", headers=_CLOSE
+        )
     chunks: list[bytes] = []
     size = 0
     while True:
