@@ -135,8 +135,8 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
         raise LoadError(f"the repository has no revision {revision}") from None
     except LocalEntryNotFoundError:
         raise LoadError(
-            "not in the Hub's cache, and the Hub can't be reached (offline, or HF_HUB_OFFLINE is set); "
-            "fetch it once online with `hf download`, or name a folder or a .gguf file"
+            "no folder here, not in the Hub's cache, and the Hub can't be reached (offline, or HF_HUB_OFFLINE "
+            f"is set); fetch it once online with `hf download {name}`, or name a folder or a .gguf file"
         ) from None
     except HFValidationError as error:
         raise LoadError(f"no such folder here, and no Hub id ({first_line(error)})") from None

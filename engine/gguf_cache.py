@@ -120,8 +120,8 @@ def _reading(file: Path, stage: str, progress: Progress) -> Iterator[dict[str, A
             }
     except Exception as error:  # the reader has no error of its own
         raise LoadError(
-            f"{file.name} ({summary.architecture}) can't be converted ({first_line(error)}); "
-            "take the model's safetensors checkpoint"
+            f"{file.name} ({summary.architecture}) can't be converted by transformers {version('transformers')} "
+            f"({first_line(error)}); a newer one may, or take the model's safetensors checkpoint"
         ) from None
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 200
 MAX_TEXT = 1 << 20
 CACHED = 256
+CACHED_CHARACTERS = 2 << 20
+"""Of the compiled grammars' texts together: a matcher takes some 50 bytes a character."""
 WORKERS = 2
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between JSON tokens. Bounded: small models would fill a context with blanks."""
@@ -54,7 +56,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why the matcher gave up (its limits, a token that it didn't allow), or an empty string."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return _in_words(str(self._matcher.get_error())) if self._matcher.is_error() else ""
 
     def consume(self, tokens: Sequence[int]) -> bool:
         """Advance; False, and an `error`, when a token isn't allowed."""
@@ -99,8 +101,10 @@ class GrammarCompiler:
     def remember(self, grammar: Grammar, matcher: Matcher) -> None:
         """Keep a compiled grammar for the next request (called by the thread that calls `compile`)."""
         self._cache[grammar] = matcher
-        while len(self._cache) > CACHED:
-            self._cache.popitem(last=False)
+        characters = sum(len(kept.text) for kept in self._cache)
+        while len(self._cache) > CACHED or characters > CACHED_CHARACTERS:
+            forgotten, _ = self._cache.popitem(last=False)
+            characters -= len(forgotten.text)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -122,7 +126,7 @@ class GrammarCompiler:
             found = found if not trial.error else trial
         if found.error:
             nothing = "NoExtension" in found.error
-            raise GrammarError("no text can satisfy it" if nothing else " ".join(found.error.split())[:400])
+            raise GrammarError("no text can satisfy it" if nothing else found.error[:400])
         return found
 
 
@@ -145,12 +149,22 @@ def to_llguidance(grammar: Grammar) -> str:
             choices = json.loads(grammar.text)
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise GrammarError("a choice must list strings, at least one and none of them empty")
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+            # One terminal: as rules of their own, some 2,000 choices would be over the parser's limit.
+            return LLMatcher.grammar_from_lark(
+                "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices))
+            )
         if not grammar.text.strip():
             raise GrammarError("the grammar is empty")
         return LLMatcher.grammar_from_lark(replace_embedded(_to_lark(grammar.text), _enforced))
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"{grammar.kind}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _in_words(error: str) -> str:
+    """llguidance's message on one line, without its marks and without the stack of a limit that it asserts."""
+    if "panic:" in error:
+        return "it is too large to be compiled"
+    return " ".join(error.replace("<non-verbose/>", "").split())
 
 
 def _enforced(schema: object) -> object:

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from tokenmill.server.admin import add_admin_routes
 from tokenmill.server.api_docs import add_docs
@@ -79,7 +80,8 @@ def create_app(
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error_response(http_error(error))
+    known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    return _error_response(http_error(error, request.scope["path"], known))
 
 
 def _error_response(error: ApiError) -> Response:

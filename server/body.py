@@ -17,8 +17,8 @@ _CLOSE = {"connection": "close"}
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """All of the body, `limit` bytes at the most: 413 past it, whatever Content-Length says; 400 where it
-    stops coming. `ClientGone`."""
+    """All of the body, `limit` bytes at the most: 413 past it, whatever Content-Length says; 415 for what isn't
+    plain JSON; 400 where it stops coming. `ClientGone`."""
     headers = dict(scope["headers"])
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
@@ -28,6 +28,11 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         given = f"not {shorten(content_type)}" if content_type else "which is missing"
         raise ApiError(
             415, f"the body must come with Content-Type: application/json, {given}", headers=_CLOSE
+        )
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+    if encoding.strip().lower() != "identity":
+        raise ApiError(
+            415, f"the body must come without Content-Encoding, not in {shorten(encoding)}", headers=_CLOSE
         )
     chunks: list[bytes] = []
     size = 0

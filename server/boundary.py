@@ -5,7 +5,9 @@ Pure ASGI: a stream's chunks pass without a queue or a task of their own.
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,9 @@ failures = logging.getLogger(__name__)
 
 QUIET_PATHS = frozenset(["/live", "/health", "/metrics"])
 """Probes that would fill the log."""
+LONGEST_GUESS = 80
+"""Characters of an unknown path that are compared with the known ones."""
+CLOSE_ENOUGH = 0.8
 
 
 class Boundary:
@@ -61,10 +66,13 @@ class Boundary:
             logger.info("%s", context.log_line(scope["method"], scope["path"], status))
 
 
-def http_error(error: HTTPException) -> ApiError:
-    """The framework's own errors (unknown route, wrong method) in our shape."""
+def http_error(error: HTTPException, path: str, known: Iterable[str]) -> ApiError:
+    """The framework's own errors (unknown route, wrong method) in our shape; `known` are the paths there are."""
     if error.status_code == 404:
-        return ApiError(404, "there is no such route; GET /docs lists them", code="not_found")
+        # Mostly a base URL with `/v1` missing or twice.
+        close = difflib.get_close_matches(path[:LONGEST_GUESS], known, 1, CLOSE_ENOUGH)
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        return ApiError(404, f"there is no such route{hint} GET /docs lists them", code="not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"this route doesn't take this method; allowed: {allowed or 'others'}"

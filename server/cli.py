@@ -71,10 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 8000; 0 takes a free one)")
-    serve.add_argument(
-        "--model", metavar="SOURCE", help="serve this Hub id, folder or .gguf instead of the file's models"
+    source = serve.add_mutually_exclusive_group()
+    source.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,  # else its absence would undo --model
+        metavar="SOURCE",
+        help="serve this Hub id, folder or .gguf instead of the file's models",
     )
-    serve.add_argument("--name", metavar="VENDOR/MODEL", help="the name that clients use for --model")
+    source.add_argument("--model", metavar="SOURCE", help="the same")
+    serve.add_argument("--name", metavar="VENDOR/MODEL", help="the name that clients use for SOURCE")
     serve.add_argument("--device", help="cpu, cuda:0, … for all models")
     serve.add_argument(
         "--dtype", choices=get_args(DType), help="number format of the weights, for all models"
@@ -139,9 +145,9 @@ def make_config(options: argparse.Namespace) -> Config:
     else:
         config = BUILT_IN
     if options.name is not None and options.model is None:
-        raise StartError("--name needs --model")
+        raise StartError("--name needs a SOURCE")
     if options.model == "":
-        raise StartError("--model must name a Hub id, a folder or a .gguf file")
+        raise StartError("SOURCE must name a Hub id, a folder or a .gguf file")
     if options.model is not None:
         name = options.name or _name_of(options.model)
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):

@@ -267,4 +267,7 @@ def sampling_params(values: dict[str, Any]) -> SamplingParams:
         values["stop"] = [values["stop"]]
     if "max_tokens" not in values:
         values["max_tokens"] = max(SamplingParams().max_tokens, values.get("min_tokens", 0))
-    return msgspec.convert(values, SamplingParams)
+    try:
+        return msgspec.convert(values, SamplingParams)
+    except msgspec.ValidationError as error:  # no ValueError itself in msgspec 0.19
+        raise ValueError(str(error)) from None

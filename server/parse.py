@@ -151,7 +151,9 @@ _BOUNDS = {
 _OTHERS = {
     "literal_error": "one of {expected}",
     "string_too_long": "at most {max_length} characters long",
+    "string_too_short": "of length {min_length} or more",
     "too_long": "at most {max_length} items long",
+    "too_short": "of length {min_length} or more",
 }
 
 
@@ -164,12 +166,17 @@ def _allowed(kind: str, context: Mapping[str, Any]) -> str | None:
 def _range(field: FieldInfo | None) -> str | None:
     """All bounds of a number field, not only the one that was hit."""
     bounds = [
-        f"{word} {getattr(bound, name):g}"
+        f"{word} {_number(getattr(bound, name))}"
         for bound in (field.metadata if field is not None else ())
         for name, word in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
         if hasattr(bound, name)
     ]
     return " and ".join(bounds) or None
+
+
+def _number(bound: float) -> str:
+    """A bound to the last digit, 2**63 included, which `g` alone would round."""
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
 
 
 def check_conflicts(request: CompletionRequest) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 
 from tokenmill.engine import LLM, SamplingParams
-from tokenmill.engine.grammar import MAX_DEPTH
+from tokenmill.engine.grammar import CACHED, CACHED_CHARACTERS, MAX_DEPTH, GrammarCompiler, Matcher
 from tokenmill.engine.messages import Add
 from tokenmill.engine.sampling_params import Grammar
 from tokenmill.engine.tiny import make_tiny
@@ -123,6 +124,40 @@ def test_what_cannot_be_compiled_is_refused_and_leaves_nothing(llm: LLM, kind: s
 def test_ambiguous_and_huge_repetitions_are_served(llm: LLM, text: str) -> None:
     choice = llm.generate([PROMPT], under("regex", text, max_tokens=30))[0].choices[0]
     assert re.fullmatch("a+b?c?", choice.text)
+
+
+def test_thousands_of_choices_are_served(llm: LLM) -> None:
+    choices = [f"mill {number}" for number in range(9000)]
+    choice = llm.generate([PROMPT], under("choice", json.dumps(choices)))[0].choices[0]
+    assert (choice.text in choices, choice.finish_reason) == (True, "stop")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "panic: assertion failed: symbols.len() < 65525 <backtrace> 0: <unknown>",
+            "it is too large to be compiled",
+        ),
+        ("at 1(8):\n unknown name\n<non-verbose/>", "at 1(8): unknown name"),
+    ],
+)
+def test_errors_of_the_compiler_are_one_line_without_its_stack(error: str, said: str) -> None:
+    raised = SimpleNamespace(is_error=lambda: True, get_error=lambda: error)
+    assert Matcher(raised).error == said  # type: ignore[arg-type]
+
+
+def test_kept_grammars_are_bounded_by_their_text(llm: LLM) -> None:
+    compiler = GrammarCompiler(llm.engine.model.tokenizer.tokenizer_json, 320, [2])
+    grammars = [Grammar("regex", f"{number}" * (CACHED_CHARACTERS // 3)) for number in range(8)]
+    matcher = Matcher(None)  # type: ignore[arg-type]
+    for grammar in grammars:
+        compiler.remember(grammar, matcher)
+    assert list(compiler._cache) == grammars[-3:]
+    for number in range(CACHED + 5):
+        compiler.remember(Grammar("regex", str(number)), matcher)
+    assert len(compiler._cache) == CACHED
+    compiler.close()
 
 
 def test_a_grammar_under_way_can_be_aborted(llm: LLM) -> None:

@@ -19,7 +19,7 @@ import pytest
 from live_server import FAKE_ENGINE, eventually
 
 from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
-from tokenmill.server.cli import StartError, main, make_config
+from tokenmill.server.cli import StartError, _parser, main, make_config
 from tokenmill.server.console import Console
 from tokenmill.server.stop_signals import stop_signals
 from tokenmill.server.version import VERSION
@@ -322,6 +322,16 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}, *ranks):
         with pytest.raises(StartError):
             make_config(options(**wrong))
+
+
+def test_the_source_may_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`serve SOURCE` is `serve --model SOURCE`; both together are refused."""
+    parse = _parser().parse_args
+    assert parse(["serve", "a/b", "--port", "1"]) == parse(["serve", "--port", "1", "--model", "a/b"])
+    assert parse(["serve"]).model is None
+    with pytest.raises(SystemExit):
+        parse(["serve", "a/b", "--model", "c/d"])
+    assert "not allowed with argument SOURCE" in capsys.readouterr().err
 
 
 def test_repository_configuration_is_the_built_in_one() -> None:

@@ -417,6 +417,14 @@ def test_message_says_what_is_allowed_and_what_was_given() -> None:
     error = refusal(json.dumps({"prompt": "a", "top_p": "x" * 1000}).encode())
     assert error.message.startswith("top_p must be a number, not ")
     assert len(error.message) < 200
+    error = refusal(b'{"prompt": "a", "seed": 9223372036854775808}')
+    assert error.message == (
+        "seed must be at least -9223372036854775808 and below 9223372036854775808, not 9223372036854775808"
+    )
+    error = refusal(b'{"prompt": "a", "guided_regex": ""}')
+    assert error.message == 'guided_regex must be of length 1 or more, not ""'
+    error = refusal(b'{"prompt": "a", "guided_choice": []}')
+    assert error.message == "guided_choice must be of length 1 or more, not []"
 
 
 def test_schema_documents_every_field() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,23 @@ def test_404(server: LiveServer, path: str) -> None:
     check(server.client.post(path + "/x", json=body), 404, "invalid_request_error", "not_found")
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", "/v1/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/api/generate", None),
+        ("/" + "a" * 60_000, None),
+    ],
+)
+def test_404_of_a_path_names_the_nearest(server: LiveServer, path: str, meant: str | None) -> None:
+    message = check(server.client.get(path), 404, "invalid_request_error", "not_found")["message"]
+    guess = re.search("did you mean ([^ ?]*)[?]", message)
+    assert (guess and guess[1]) == meant
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_405(server: LiveServer, path: str) -> None:
     response = server.client.get(path)
@@ -86,7 +104,8 @@ def test_413(server: LiveServer, path: str) -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_415(server: LiveServer, path: str) -> None:
-    for headers in ({}, {"content-type": "text/plain"}):
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    for headers in ({}, {"content-type": "text/plain"}, packed):
         check(server.client.post(path, content=b"{}", headers=headers), 415, "invalid_request_error", None)
 
 
