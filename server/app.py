@@ -101,10 +101,12 @@ def _add_models(app: FastAPI, registry: Registry) -> None:
 
 
 def _add_probes(app: FastAPI, registry: Registry) -> None:
+    @app.head("/live", include_in_schema=False)
     @app.get("/live", summary="Whether the process runs", response_class=Response)
     async def live() -> Response:
         return json_response({"status": "ok"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether at least one model serves", response_class=Response)
     async def health() -> Response:
         serves, models = registry.health()
@@ -112,6 +114,7 @@ def _add_probes(app: FastAPI, registry: Registry) -> None:
             {"status": "ok" if serves else "unavailable", "models": models}, 200 if serves else 503
         )
 
+    @app.head("/health/{model_id:path}", include_in_schema=False)
     @app.get("/health/{model_id:path}", summary="Whether one model serves", response_class=Response)
     async def model_health(model_id: ModelId) -> Response:
         variant, model = registry.find(model_id)

@@ -86,6 +86,14 @@ def test_health_and_metrics_tell_of_it(live: LiveServer) -> None:
     assert f"{loaded} 1" in live.client.get("/metrics").text
 
 
+@pytest.mark.parametrize("path", ["/live", "/health", f"/health/{MODEL}"])
+def test_probes_answer_head(live: LiveServer, path: str) -> None:
+    """As some that watch servers ask: the status, without the body."""
+    eventually(lambda: live.client.get("/health").status_code == 200)
+    answer = live.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_another_model_keeps_the_server_healthy(start: Start) -> None:
     live = start('models: {toy/echo: {source: "fake:"}, toy/other: {source: "fake:"}}', admin_keys=("boss",))
     assert order(live, "load", "toy/other").is_success
