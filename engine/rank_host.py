@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 from tokenmill.engine.garbage import leave_alone
@@ -26,6 +27,8 @@ from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, RankStep
 
 logger = logging.getLogger("tokenmill.engine")
+GIVE_UP_S = 30.0
+"""How long a rank without room for a cache leaves it to rank 0 to say so and to end all."""
 
 
 class RankHost:
@@ -49,6 +52,9 @@ class RankHost:
         try:
             self._follow(begin)
         except LoadError as error:
+            self._say(str(error))
+        except MemoryError as error:  # every rank's: rank 0 says it, and closing its socket ends this process
+            time.sleep(GIVE_UP_S)
             self._say(str(error))
         except Exception as error:
             logger.exception("rank %d of %s failed", begin.rank, begin.config.source)
