@@ -203,11 +203,16 @@ TM_INLINE F load(const float* from) { return load_bits<NativeF>(from); }
 
 TM_INLINE F load(const bf16* from) {
   F r;
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  r.part[0] = (NativeF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
   TM_EACH {
     NativeU16 half;
     std::memcpy(&half, from + p * kNative, sizeof half);
     r.part[p] = (NativeF)(__builtin_convertvector(half, NativeU) << 16);
   }
+#endif
   return r;
 }
 
