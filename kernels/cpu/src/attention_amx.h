@@ -42,7 +42,7 @@ class AmxTiles {
         key_size_(block.problem.key_size),
         value_size_(block.problem.value_size),
         height_(static_cast<int>(block.rows() < kQueryRows ? block.rows() : kQueryRows)),
-        alone_(block.rows() <= kRows),
+        alone_(block.rows() <= kQueryRows),
         factor_(block.problem.softcap > 0 ? kLog2E : block.problem.scale * kLog2E) {
     const int64_t rows = block.rows(), lines = height_ < kQueryRows ? rows : divide_up(rows, kRows) * kRows;
     queries_ = scratch<bf16>(kPanel, lines * key_size_ + kCacheStep * value_size_);
@@ -60,9 +60,9 @@ class AmxTiles {
   // Keys [start, start + kTile) of `block`, of which those before `end` exist, are read after the next tile: they
   // are asked for at its end, since a block's rows are too short for the processor to see a stream.
   void expect(const RowBlock& block, int64_t start, int64_t end) {
+    if (!alone_) return;
     int64_t place[kSteps];
     const int count = locate_runs(block, start, end, kSteps, place);
-    if (!alone_) return;
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
     const bf16* values = static_cast<const bf16*>(block.problem.v_cache);
     for (int step = 0; step < kSteps; ++step) {
