@@ -45,21 +45,10 @@ inline void configure_tiles(int rows) {
   load_config(config);
 }
 
-// Loads a tile; what comes `by`, read once for a while, leaves the nearest cache to what is used again. A macro, since
-// the intrinsics take the tile's number as a word.
-#define TM_LOAD_TILE(by, tile, from, stride)   \
-  do {                                         \
-    if (by) {                                  \
-      _tile_stream_loadd(tile, from, stride);  \
-    } else {                                   \
-      _tile_loadd(tile, from, stride);         \
-    }                                          \
-  } while (0)
-
 // sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps, each where weight(step) says. The
 // tiles must be configured for `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the
-// shadow of the matrix unit. `By`: x comes by.
-template <bool By = false, class Weight, class Between>
+// shadow of the matrix unit. More than 16 rows come by (TILELOADDT1): the nearest cache can't hold them beside weights.
+template <class Weight, class Between>
 TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t steps, int rows, float* sums,
                            bool fresh, const Between& between) {
   constexpr int kLine = kPair * 4;
@@ -94,9 +83,9 @@ TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t 
     const bf16* below = upper + 16 * x.row;
     for (int64_t k = 0; k < steps; ++k, upper += next, below += next) {
       between(k);
-      TM_LOAD_TILE(By, 4, upper, row_bytes);
+      _tile_stream_loadd(4, upper, row_bytes);
       _tile_loadd(6, weight(k), 64);
-      TM_LOAD_TILE(By, 5, below, row_bytes);
+      _tile_stream_loadd(5, below, row_bytes);
       _tile_loadd(7, weight(k) + kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);

@@ -29,6 +29,17 @@ struct alignas(64) OnesTile {
 };
 constexpr OnesTile kOnes;
 
+// Loads a tile; what comes `by`, read once for a while, leaves the nearest cache to what is used again. A macro, since
+// the intrinsics take the tile's number as a word.
+#define TM_LOAD_TILE(by, tile, from, stride)   \
+  do {                                         \
+    if (by) {                                  \
+      _tile_stream_loadd(tile, from, stride);  \
+    } else {                                   \
+      _tile_loadd(tile, from, stride);         \
+    }                                          \
+  } while (0)
+
 class AmxTiles {
  public:
   static constexpr int kTile = 128;

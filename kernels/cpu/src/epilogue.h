@@ -52,9 +52,10 @@ struct Target {
 inline Target target(const Call& call, int64_t pair, int64_t first, const float* sums) {
   const Packed& w = call.weight;
   const int64_t width = w.width(), column = pair * (w.gated() ? 16 : kPair), size = call.y_type == kTypeBf16 ? 2 : 4;
-  const auto* residual = static_cast<const char*>(call.residual);
-  return {sums, w.bias ? w.bias + pair * kPair : nullptr, residual ? residual + (first * width + column) * size : nullptr,
-          static_cast<char*>(call.y) + call.layout.at(first, column) * size, width - column};
+  const float* bias = w.bias ? w.bias + pair * kPair : nullptr;
+  const char* residual = static_cast<const char*>(call.residual);
+  if (residual) residual += (first * width + column) * size;
+  return {sums, bias, residual, static_cast<char*>(call.y) + call.layout.at(first, column) * size, width - column};
 }
 
 // The block's rows [row, row + count).

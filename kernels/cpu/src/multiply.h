@@ -34,7 +34,7 @@ TM_INLINE void multiply(const Inputs<bf16>& x, const bf16* weight, int64_t steps
                         const Between& between) {
 #if defined(__AMX_BF16__)
   tile_fence(weight);
-  amx_product<true>(x, [weight](int64_t k) { return weight + k * kStepElements; }, steps, rows, sums, fresh, between);
+  amx_product(x, [weight](int64_t k) { return weight + k * kStepElements; }, steps, rows, sums, fresh, between);
 #else
   vector_product(x.at, x.row, weight, steps, rows, sums, fresh, between);
 #endif

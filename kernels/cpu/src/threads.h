@@ -1,7 +1,7 @@
 // One pool of threads that stays warm across a step: workers spin for a moment, then sleep.
 //
 //   caller:  close ── write job ── open ──▶ claim, run, claim, run … ──▶ wait until every index is done
-//   worker:  spin on the ticket ──────────▶ claim, run, claim, run … ──▶ spin again, sleep after kSpin
+//   worker:  spin on the job ─────────────▶ claim, run, claim, run … ──▶ spin again, sleep after kSpin
 //
 // Indices are claimed one at a time, so a core that is taken away for a while delays only what it holds. They are
 // claimed in order by everyone, or each thread has a range of its own and helps others once that is done: then a thread
