@@ -47,7 +47,7 @@ inline void configure_tiles(int rows) {
 
 // sums [rows][32] += (or =, when `fresh`) x [rows][steps * 32] times a pair's steps, each where weight(step) says. The
 // tiles must be configured for `rows`. `between(k)` runs beside step k: vector instructions cost next to nothing in the
-// shadow of the matrix unit.
+// shadow of the matrix unit. More than 16 rows come by (TILELOADDT1): the nearest cache can't hold them beside weights.
 template <class Weight, class Between>
 TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t steps, int rows, float* sums,
                            bool fresh, const Between& between) {
@@ -83,9 +83,9 @@ TM_INLINE void amx_product(const Inputs<bf16>& x, const Weight& weight, int64_t 
     const bf16* below = upper + 16 * x.row;
     for (int64_t k = 0; k < steps; ++k, upper += next, below += next) {
       between(k);
-      _tile_loadd(4, upper, row_bytes);
+      _tile_stream_loadd(4, upper, row_bytes);
       _tile_loadd(6, weight(k), 64);
-      _tile_loadd(5, below, row_bytes);
+      _tile_stream_loadd(5, below, row_bytes);
       _tile_loadd(7, weight(k) + kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);

@@ -164,7 +164,7 @@ void plan_rows(const RowBlock& block, int64_t rows, std::vector<Task>& tasks, st
   const int64_t heads = block.problem.kv_heads, size = block_floats(block);
   int64_t begin, end;
   parts_of(block, begin, end);
-  const bool cut = rows <= kBlockRows && end - begin > 1;
+  const bool cut = rows <= 2 * kBlockRows && end - begin > 1;
   auto for_head = [&block](int64_t g) { return RowBlock{block.problem, block.sequence, g, block.first, block.last}; };
   for (int64_t part = begin; part < (cut ? end : begin + 1); ++part) {
     for (int64_t g = 0; g < heads; ++g) {

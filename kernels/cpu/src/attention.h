@@ -19,7 +19,7 @@ namespace tokenmill {
 
 constexpr int64_t kPart = 1024;   // tokens
 constexpr int kQueryRows = 16;    // rows of one state
-constexpr int kBlockRows = 64;    // rows that share one pass over the keys
+constexpr int kBlockRows = 32;    // rows that share one pass over the keys
 constexpr float kMinusInfinity = -INFINITY;
 
 struct Attention {

@@ -29,6 +29,17 @@ struct alignas(64) OnesTile {
 };
 constexpr OnesTile kOnes;
 
+// Loads a tile; what comes `by`, read once for a while, leaves the nearest cache to what is used again. A macro, since
+// the intrinsics take the tile's number as a word.
+#define TM_LOAD_TILE(by, tile, from, stride)   \
+  do {                                         \
+    if (by) {                                  \
+      _tile_stream_loadd(tile, from, stride);  \
+    } else {                                   \
+      _tile_loadd(tile, from, stride);         \
+    }                                          \
+  } while (0)
+
 class AmxTiles {
  public:
   static constexpr int kTile = 128;
@@ -42,7 +53,7 @@ class AmxTiles {
         key_size_(block.problem.key_size),
         value_size_(block.problem.value_size),
         height_(static_cast<int>(block.rows() < kQueryRows ? block.rows() : kQueryRows)),
-        alone_(block.rows() <= kRows),
+        alone_(block.rows() <= kQueryRows),
         factor_(block.problem.softcap > 0 ? kLog2E : block.problem.scale * kLog2E) {
     const int64_t rows = block.rows(), lines = height_ < kQueryRows ? rows : divide_up(rows, kRows) * kRows;
     queries_ = scratch<bf16>(kPanel, lines * key_size_ + kCacheStep * value_size_);
@@ -60,9 +71,9 @@ class AmxTiles {
   // Keys [start, start + kTile) of `block`, of which those before `end` exist, are read after the next tile: they
   // are asked for at its end, since a block's rows are too short for the processor to see a stream.
   void expect(const RowBlock& block, int64_t start, int64_t end) {
+    if (!alone_) return;
     int64_t place[kSteps];
     const int count = locate_runs(block, start, end, kSteps, place);
-    if (!alone_) return;
     const bf16* keys = static_cast<const bf16*>(block.problem.k_cache);
     const bf16* values = static_cast<const bf16*>(block.problem.v_cache);
     for (int step = 0; step < kSteps; ++step) {
@@ -111,13 +122,9 @@ class AmxTiles {
     const State lower{upper.memory + State::floats(value_size_), upper.width};
     for (int step = 0; step < steps_; ++step) score<Two>(first, step);
     if (!seen_whole(first, rows)) finish_scores(first, rows);
-    uint32_t late = expect_maxima(upper, 0);  // rows whose maximum moves
-    if (Two) late |= expect_maxima(lower, kQueryRows) << kQueryRows;
-    for (int row = 0; row < rows; ++row) late |= static_cast<uint32_t>(weigh(row)) << row;
-    for (late &= 0xFFFFFFFFu >> (kRows - rows); late; late &= late - 1) {
-      const int row = __builtin_ctz(late);
-      move_maximum(row, row < kQueryRows ? upper : lower);
-    }
+    settle(upper, 0, std::min(rows, kQueryRows));
+    if (Two) settle(lower, kQueryRows, rows - kQueryRows);
+    for (int row = 0; row < rows; ++row) weigh(row);
     const int shown = Two ? kRows : height_;
     if (rows < shown) std::memset(weights_[rows], 0, static_cast<size_t>(shown - rows) * sizeof weights_[0]);
     add_values<Two>(upper, lower);
@@ -141,9 +148,9 @@ class AmxTiles {
     _tile_zero(3);
     for (int64_t d = 0; d < key_size_; d += kStep) {
       _tile_loadd(4, upper + d, line);
-      _tile_loadd(6, left + d * 16, 64);
+      TM_LOAD_TILE(Two, 6, left + d * 16, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + d * 16, 64);
+      TM_LOAD_TILE(Two, 7, right + d * 16, 64);
       _tile_dpbf16ps(1, 4, 7);
       if (Two) {
         _tile_loadd(5, lower + d, line);
@@ -181,57 +188,57 @@ class AmxTiles {
     }
   }
 
-  // What a row has seen tells most often what it will see: notes what weights of a state's rows are relative to.
-  // Returns the rows that have seen nothing.
-  uint32_t expect_maxima(const State& state, int from) {
-    const F maxima = load(state.maxima());
-    store(zeros_ + from, splat(kPowerOfZero) - maxima * splat(kFractions));
-    store(limits_ + from, maxima + splat(kSlack));
-    return mask_bits(maxima == splat(kMinusInfinity));
-  }
-
-  // One row's weights from its scores, by the maximum that is expected; returns whether it has to move.
-  TM_INLINE bool weigh(int row) {
-    const F largest = steps_ == kSteps ? powers<kSteps>(row, kSteps, splat(zeros_[row]))
-                                       : powers<1>(row, steps_, splat(zeros_[row]));
-    return mask_bits(largest * splat(factor_) > splat(limits_[row])) != 0;
-  }
-
-  // 2^(score - maximum) of a row, `zero` being where 2^0 is; returns the largest scores. Steps come in U at a time.
-  template <int U>
-  TM_INLINE F powers(int row, int steps, F zero) {
-    bf16* weights = weights_[row];
-    const float* scores = scores_[row];
-    const F factor = splat(factor_ * kFractions);
-    F best[2] = {splat(kMinusInfinity), splat(kMinusInfinity)};  // apart, so that they don't wait for each other
-    for (int step = 0; step < steps; step += U) {
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u, scores += kCacheStep, weights += kCacheStep) {
-        const F low = load(scores), high = load(scores + kLanes);
-        best[0] = max(low, best[0]);
-        best[1] = max(high, best[1]);
-        const __m512i both = bfloat16_powers(fma(low, factor, zero), fma(high, factor, zero));
-        std::memcpy(weights, &both, sizeof both);
+  // The largest scores of rows [from, from + 16), of which `rows` exist. All 16 take a step before any takes the next:
+  // what the matrix unit stored last is not there at once.
+  F largest_scores(int from, int rows) const {
+    F best[kQueryRows];
+    for (int r = 0; r < kQueryRows; ++r) best[r] = splat(kMinusInfinity);
+    if (rows == kQueryRows) {
+      for (int i = 0; i < 2 * steps_; ++i) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kQueryRows; ++r) best[r] = max(load(scores_[from + r] + i * kLanes), best[r]);
+      }
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < 2 * steps_; ++i) best[r] = max(load(scores_[from + r] + i * kLanes), best[r]);
       }
     }
-    return max(best[0], best[1]);
+    return row_maxima(best);
   }
 
-  // A row's weights by the maximum that its scores bring, to which its state is scaled.
-  void move_maximum(int row, const State& state) {
-    const int slot = row % kQueryRows;
-    const float before = state.maxima()[slot];
-    F largest = load(scores_[row]);
-    for (int i = 1; i < 2 * steps_; ++i) largest = max(load(scores_[row] + i * kLanes), largest);
-    const float maximum = reduce_max(largest) * factor_;
-    state.maxima()[slot] = maximum;
-    if (before != kMinusInfinity) {
-      alignas(64) float factor[kLanes];
-      store(factor, weight(splat(before - maximum)));
-      state.scale_row(slot, factor[0]);
+  // A state's maxima for the scores of its rows, [from, from + rows): its sums are scaled where one moves.
+  void settle(const State& state, int from, int rows) {
+    const F before = load(state.maxima()), largest = largest_scores(from, rows) * splat(factor_);
+    const I moves = (largest > before + splat(kSlack));
+    const F maxima = select(moves, largest, before);
+    store(state.maxima(), maxima);
+    store(zeros_ + from, splat(kPowerOfZero) - finite_maximum(maxima) * splat(kFractions));
+    uint32_t moved = mask_bits(moves & (before > splat(kMinusInfinity)));
+    if (!moved) return;
+    alignas(64) float factors[kLanes];
+    store(factors, weight(before - maxima));
+    for (; moved; moved &= moved - 1) {
+      const int slot = __builtin_ctz(moved);
+      state.scale_row(slot, factors[slot]);
     }
-    const float finite = maximum == kMinusInfinity ? 0 : maximum;
-    powers<1>(row, steps_, splat(kPowerOfZero - finite * kFractions));
+  }
+
+  // One row's weights, 2^(score - maximum).
+  TM_INLINE void weigh(int row) {
+    const F factor = splat(factor_ * kFractions), zero = splat(zeros_[row]);
+    bf16* weights = weights_[row];
+    const float* scores = scores_[row];
+    const auto run = [&](int step) {
+      const F low = load(scores + step * kCacheStep), high = load(scores + step * kCacheStep + kLanes);
+      const __m512i both = bfloat16_powers(fma(low, factor, zero), fma(high, factor, zero));
+      std::memcpy(weights + step * kCacheStep, &both, sizeof both);
+    };
+    if (steps_ == kSteps) {
+#pragma GCC unroll 4
+      for (int step = 0; step < kSteps; ++step) run(step);
+    } else {
+      for (int step = 0; step < steps_; ++step) run(step);
+    }
   }
 
   // The states' rows += weights x the tile's values and ones, two tiles of columns at a time.
@@ -258,7 +265,7 @@ class AmxTiles {
         _tile_loadd(4, weights_[0] + step * kCacheStep, kTile * 2);
         if (Two) _tile_loadd(5, weights_[kQueryRows] + step * kCacheStep, kTile * 2);
         if (pair) {
-          _tile_loadd(6, values_[step] + e * 32, value_size_ * 4);
+          TM_LOAD_TILE(Two, 6, values_[step] + e * 32, value_size_ * 4);
         } else {
           _tile_loadd(6, kOnes.bits, 64);
         }
@@ -266,7 +273,7 @@ class AmxTiles {
         if (Two) _tile_dpbf16ps(2, 5, 6);
         if (pair) {
           if (e + 1 < tiles) {
-            _tile_loadd(7, values_[step] + (e + 1) * 32, value_size_ * 4);
+            TM_LOAD_TILE(Two, 7, values_[step] + (e + 1) * 32, value_size_ * 4);
           } else {
             _tile_loadd(7, kOnes.bits, 64);
           }
@@ -301,7 +308,6 @@ class AmxTiles {
   int count_ = 0;  // keys of the tile that exist
   int steps_ = 0;  // runs of keys
   alignas(64) float zeros_[kRows];
-  alignas(64) float limits_[kRows];
   alignas(64) float scores_[kRows][kTile];
   alignas(64) bf16 weights_[kRows][kTile];
 };

@@ -40,21 +40,36 @@ TM_INLINE void put(F value, const Y* residual, Y* to, int64_t left) {
   }
 }
 
-template <class Y, bool Gated>
-void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const float* sums) {
+// Where the sums [rows][32] of one pair and a block of rows go.
+struct Target {
+  const float* sums;
+  const float* bias;      // [32], or null
+  const void* residual;   // from the block's first row on, or null
+  void* y;                // the same
+  int64_t left;           // y's columns from here on
+};
+
+inline Target target(const Call& call, int64_t pair, int64_t first, const float* sums) {
   const Packed& w = call.weight;
-  const int64_t width = w.width(), column = pair * (Gated ? 16 : kPair), left = width - column;
-  F bias[2] = {};
-  if (w.bias) {
-    bias[0] = load(w.bias + pair * kPair);
-    bias[1] = load(w.bias + pair * kPair + 16);
-  }
-  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + first * width + column : nullptr;
-  Y* to = static_cast<Y*>(call.y) + call.layout.at(first, column);
-  for (int r = 0; r < rows; ++r, sums += kPair, to += call.layout.row_step()) {
-    F low = load(sums) + bias[0], high = load(sums + 16) + bias[1];
+  const int64_t width = w.width(), column = pair * (w.gated() ? 16 : kPair), size = call.y_type == kTypeBf16 ? 2 : 4;
+  const float* bias = w.bias ? w.bias + pair * kPair : nullptr;
+  const char* residual = static_cast<const char*>(call.residual);
+  if (residual) residual += (first * width + column) * size;
+  return {sums, bias, residual, static_cast<char*>(call.y) + call.layout.at(first, column) * size, width - column};
+}
+
+// The block's rows [row, row + count).
+template <class Y, bool Gated>
+void finish_rows(const Call& call, const Target& target, int row, int count) {
+  const int64_t width = call.layout.width, step = call.layout.row_step(), left = target.left;
+  const F low_bias = target.bias ? load(target.bias) : F{}, high_bias = target.bias ? load(target.bias + 16) : F{};
+  const Y* residual = target.residual ? static_cast<const Y*>(target.residual) + row * width : nullptr;
+  const float* sums = target.sums + row * kPair;
+  Y* to = static_cast<Y*>(target.y) + row * step;
+  for (const float* end = sums + count * kPair; sums < end; sums += kPair, to += step) {
+    const F low = load(sums) + low_bias, high = load(sums + 16) + high_bias;
     if (Gated) {
-      put(activate<Y>(low, w.activation) * high, residual, to, left);
+      put(activate<Y>(low, call.weight.activation) * high, residual, to, left);
     } else {
       put(low, residual, to, left);
       put(high, residual ? residual + 16 : nullptr, to + 16, left - 16);
@@ -63,16 +78,16 @@ void finish_rows(const Call& call, int64_t pair, int64_t first, int rows, const 
   }
 }
 
+using FinishRows = void (*)(const Call&, const Target&, int, int);
+
+inline FinishRows finish_rows_of(const Call& call) {
+  if (call.y_type == kTypeBf16) return call.weight.gated() ? finish_rows<bf16, true> : finish_rows<bf16, false>;
+  return call.weight.gated() ? finish_rows<float, true> : finish_rows<float, false>;
+}
+
 // y's rows [first, first + rows) of one pair's columns from their sums [rows][32].
 inline void finish(const Call& call, int64_t pair, int64_t first, int rows, const float* sums) {
-  with_type(call.y_type, [&](auto y) {
-    using Y = decltype(y);
-    if (call.weight.gated()) {
-      finish_rows<Y, true>(call, pair, first, rows, sums);
-    } else {
-      finish_rows<Y, false>(call, pair, first, rows, sums);
-    }
-  });
+  finish_rows_of(call)(call, target(call, pair, first, sums), 0, rows);
 }
 
 }  // namespace tokenmill

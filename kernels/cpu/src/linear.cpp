@@ -107,12 +107,13 @@ void spread(const Call& call, int64_t row_bytes, int64_t least, const Work& work
   const int64_t piece = rows_a_piece(call.rows, panel), pieces = divide_up(call.rows, piece);
   const std::vector<int64_t> runs = many(call.rows) ? std::vector<int64_t>{0, pairs} : split_pairs(pairs);
   const int64_t count = static_cast<int64_t>(runs.size()) - 1;
-  parallel_for(pieces * count, [&](int64_t task) {
+  const auto task_of = [&](int64_t task) {
     const int64_t run = task % count, last = std::min((task / count + 1) * piece, call.rows);
     for (int64_t first = task / count * piece; first < last; first += panel) {
       work(runs[run], runs[run + 1], first, std::min(first + panel, last));
     }
-  });
+  };
+  parallel_for(pieces * count, task_of, many(call.rows) ? Claims::kOwnFirst : Claims::kInOrder);
 }
 
 template <class T, class X>

@@ -1,6 +1,8 @@
 // A product's epilogue, put off until there is something to hide it behind.
 #pragma once
 
+#include <algorithm>
+
 #include "epilogue.h"
 #include "operand.h"
 
@@ -10,37 +12,38 @@ namespace tokenmill {
 // after it, which leave its sums alone.
 class Pending {
  public:
-  explicit Pending(const Call& call) : call_(call), scaled_(call.weight.row_wide()) {}
-  ~Pending() { finish_rows(left_); }
+  explicit Pending(const Call& call) : call_(call), finish_(finish_rows_of(call)), scaled_(call.weight.row_wide()) {}
+  ~Pending() { finish_rows(left()); }
 
   // The next block, whose sums are [rows][32], is multiplied; what was pending is finished.
   void push(int64_t pair, int64_t first, int rows, float* sums) {
-    finish_rows(left_);
+    finish_rows(left());
+    target_ = target(call_, pair, first, sums);
     pair_ = pair;
-    row_ = first;
-    left_ = rows;
-    from_ = sums;
+    sums_ = sums;
+    rows_ = rows;
+    done_ = 0;
   }
 
-  int left() const { return left_; }
+  int left() const { return rows_ - done_; }
 
   TM_INLINE void finish_rows(int rows) {
-    if (left_ == 0) return;
-    if (rows > left_) rows = left_;
-    if (scaled_) scale_sums(call_.weight, pair_, rows, from_);
-    finish(call_, pair_, row_, rows, from_);
-    row_ += rows;
-    from_ += rows * kPair;
-    left_ -= rows;
+    rows = std::min(rows, left());
+    if (rows == 0) return;
+    if (scaled_) scale_sums(call_.weight, pair_, rows, sums_ + done_ * kPair);
+    finish_(call_, target_, done_, rows);
+    done_ += rows;
   }
 
  private:
   const Call& call_;
+  const FinishRows finish_;
   const bool scaled_;
+  Target target_{};
   int64_t pair_ = 0;
-  int64_t row_ = 0;
-  int left_ = 0;
-  float* from_ = nullptr;
+  float* sums_ = nullptr;
+  int rows_ = 0;
+  int done_ = 0;
 };
 
 }  // namespace tokenmill

@@ -59,7 +59,7 @@ class PieceTask {
   }
 
  private:
-  static constexpr int64_t kPiece = 9;            // steps: 18 KiB, and as much of a block of rows
+  static constexpr int64_t kPiece = 18;           // steps: 36 KiB; the rows don't stay there
   static constexpr int64_t kChunk = 63;           // steps: 1 MiB of 256 rows
   static constexpr int64_t kGroupRows = 1 << 15;  // rows of all of a group's pairs: 4 MiB of sums
 

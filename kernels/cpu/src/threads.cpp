@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -25,14 +26,29 @@ inline void pause() {
 #endif
 }
 
-// ticket = generation << 32 | next index. A claim is a compare-and-swap of the whole word, so a worker that
-// read an old job can never take an index of a new one: the word was closed before the job changed.
+// The indices of a range that nobody has claimed yet begin at the lower half of `next`; the upper half is the job's
+// generation. A claim is a compare-and-swap of the whole word, so a worker that read an old job can never take an index
+// of a new one: the word was closed before the job changed.
+struct alignas(64) Range {
+  std::atomic<uint64_t> next{kClosed};
+  std::atomic<int64_t> end{0};
+
+  uint64_t generation() const { return next.load(std::memory_order_seq_cst) >> 32; }
+  void close(uint64_t generation) { next.store(generation << 32 | kClosed, std::memory_order_seq_cst); }
+  void open(uint64_t generation, int64_t begin) {
+    next.store(generation << 32 | static_cast<uint64_t>(begin), std::memory_order_seq_cst);
+  }
+};
+
+constexpr int kMaxRanges = 64;
+
+// The first range is opened last: it tells that there is a job.
 struct Pool {
-  alignas(64) std::atomic<uint64_t> ticket{kClosed};
+  Range ranges[kMaxRanges];
   alignas(64) std::atomic<int64_t> done{0};
   alignas(64) std::atomic<Body> body{nullptr};
   std::atomic<const void*> context{nullptr};
-  std::atomic<int64_t> count{0};
+  std::atomic<int> used{1};  // of the ranges
   std::atomic<int> sleeping{0};
   std::atomic<int> wanted{1};
   int started = 1;
@@ -44,23 +60,30 @@ struct Pool {
 // Never destroyed: workers may still spin while the process exits.
 Pool* pool = new Pool;
 
-void work() {
+// Runs what can be claimed of a range.
+void work_on(Range& range) {
   for (;;) {
-    uint64_t at = pool->ticket.load(std::memory_order_acquire);
+    uint64_t at = range.next.load(std::memory_order_acquire);
     uint64_t index = at & kClosed;
-    int64_t count = pool->count.load(std::memory_order_acquire);
+    int64_t end = range.end.load(std::memory_order_acquire);
     Body body = pool->body.load(std::memory_order_acquire);
     const void* context = pool->context.load(std::memory_order_acquire);
-    if (static_cast<int64_t>(index) >= count || index == kClosed) return;
-    if (!pool->ticket.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel)) continue;
+    if (static_cast<int64_t>(index) >= end || index == kClosed) return;
+    if (!range.next.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel)) continue;
     body(context, static_cast<int64_t>(index));
     pool->done.fetch_add(1, std::memory_order_acq_rel);
   }
 }
 
-// Spins until the ticket's generation is no longer `seen`, or sleeps until it is told so.
+// Thread `number` begins with its own range.
+void work(int number) {
+  const int used = pool->used.load(std::memory_order_acquire);
+  for (int i = 0; i < used; ++i) work_on(pool->ranges[(number + i) % used]);
+}
+
+// Spins until the job's generation is no longer `seen`, or sleeps until it is told so.
 void await_job(uint64_t seen) {
-  auto changed = [seen] { return pool->ticket.load(std::memory_order_seq_cst) >> 32 != seen; };
+  auto changed = [seen] { return pool->ranges[0].generation() != seen; };
   auto until = Clock::now() + kSpin;
   do {
     for (int i = 0; i < 64; ++i) {
@@ -78,8 +101,8 @@ void worker(int number) {
   uint64_t seen = 0;
   for (;;) {
     await_job(seen);
-    seen = pool->ticket.load(std::memory_order_acquire) >> 32;
-    if (number < pool->wanted.load(std::memory_order_relaxed)) work();
+    seen = pool->ranges[0].generation();
+    if (number < pool->wanted.load(std::memory_order_relaxed)) work(number);
   }
 }
 
@@ -105,27 +128,37 @@ struct Scratch {
   }
 };
 
+// Changes the job: `count` indices over the first `used` ranges.
+void open_job(int64_t count, int used, Body body, const void* context) {
+  const uint64_t last = pool->ranges[0].generation(), generation = (last + 1) & kClosed;
+  const int before = pool->used.load(std::memory_order_relaxed);
+  for (int i = 0; i < std::max(before, used); ++i) pool->ranges[i].close(last);
+  pool->body.store(body, std::memory_order_release);
+  pool->context.store(context, std::memory_order_release);
+  pool->used.store(used, std::memory_order_release);
+  pool->done.store(0, std::memory_order_relaxed);
+  for (int i = used - 1; i >= 0; --i) {
+    pool->ranges[i].end.store(count * (i + 1) / used, std::memory_order_release);
+    pool->ranges[i].open(generation, count * i / used);
+  }
+}
+
 }  // namespace
 
-void run_parallel(int64_t count, Body body, const void* context) {
+void run_parallel(int64_t count, Claims claims, Body body, const void* context) {
   std::unique_lock<std::mutex> only(pool->caller, std::try_to_lock);
-  if (count <= 1 || pool->wanted.load(std::memory_order_relaxed) <= 1 || !only.owns_lock()) {
+  const int threads = thread_count();
+  if (count <= 1 || threads <= 1 || !only.owns_lock()) {
     for (int64_t i = 0; i < count; ++i) body(context, i);
     return;
   }
   start_workers();
-  uint64_t generation = ((pool->ticket.load(std::memory_order_relaxed) >> 32) + 1) & kClosed;
-  pool->ticket.store(((generation - 1) << 32) | kClosed, std::memory_order_seq_cst);
-  pool->body.store(body, std::memory_order_release);
-  pool->context.store(context, std::memory_order_release);
-  pool->count.store(count, std::memory_order_release);
-  pool->done.store(0, std::memory_order_relaxed);
-  pool->ticket.store(generation << 32, std::memory_order_seq_cst);
+  open_job(count, claims == Claims::kOwnFirst ? std::min(threads, kMaxRanges) : 1, body, context);
   if (pool->sleeping.load(std::memory_order_seq_cst) > 0) {
     std::lock_guard<std::mutex> lock(pool->bed);
     pool->wake.notify_all();
   }
-  work();
+  work(0);
   for (int spins = 0; pool->done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < 20000) {
       pause();

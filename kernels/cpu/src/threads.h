@@ -1,9 +1,11 @@
 // One pool of threads that stays warm across a step: workers spin for a moment, then sleep.
 //
 //   caller:  close ── write job ── open ──▶ claim, run, claim, run … ──▶ wait until every index is done
-//   worker:  spin on the ticket ──────────▶ claim, run, claim, run … ──▶ spin again, sleep after kSpin
+//   worker:  spin on the job ─────────────▶ claim, run, claim, run … ──▶ spin again, sleep after kSpin
 //
-// Indices are claimed one at a time, so a core that is taken away for a while delays only what it holds.
+// Indices are claimed one at a time, so a core that is taken away for a while delays only what it holds. They are
+// claimed in order by everyone, or each thread has a range of its own and helps others once that is done: then a thread
+// comes back to the same rows in every pass over them, and finds what it wrote in its own cache.
 // The caller claims like any worker and never waits for one to arrive: with no worker alive (after a fork, on
 // a busy machine) it does everything itself. Which thread computes an index never changes its result.
 #pragma once
@@ -14,7 +16,9 @@ namespace tokenmill {
 
 using Body = void (*)(const void* context, int64_t index);
 
-void run_parallel(int64_t count, Body body, const void* context);
+enum class Claims { kInOrder, kOwnFirst };
+
+void run_parallel(int64_t count, Claims claims, Body body, const void* context);
 int thread_count();
 
 // Memory of this thread's own, 64-byte aligned, valid until the thread asks for the same slot again.
@@ -29,13 +33,13 @@ T* scratch(ScratchSlot slot, int64_t count) {
 
 // Calls body(i) for every i in 0 .. count - 1, spread over the pool.
 template <class Lambda>
-void parallel_for(int64_t count, const Lambda& body) {
-  run_parallel(
-      count, [](const void* context, int64_t index) { (*static_cast<const Lambda*>(context))(index); }, &body);
+void parallel_for(int64_t count, const Lambda& body, Claims claims = Claims::kInOrder) {
+  const auto call = [](const void* context, int64_t index) { (*static_cast<const Lambda*>(context))(index); };
+  run_parallel(count, claims, call, &body);
 }
 
-// Rows are many for these threads, as in prefill, where each had better take its own, the same in every pass over them:
-// it finds what it wrote in its own cache. Fewer, and reading all weights in each thread costs more.
+// Rows are many for these threads, as in prefill, where each takes its own. Fewer, and reading all weights in each
+// thread costs more.
 inline bool many(int64_t rows) { return rows >= 192 * thread_count(); }
 
 // How many of `rows` rows a piece of work takes: a thread's share of many, else `few`.
@@ -45,13 +49,14 @@ inline int64_t rows_a_piece(int64_t rows, int64_t few) {
   return many(rows) ? (share + kRound - 1) / kRound * kRound : few;
 }
 
-// Calls body(first, last) over consecutive pieces of 0 .. count - 1 of `grain` each.
+// Calls body(first, last) over consecutive pieces of 0 .. count - 1 of `grain` each, a thread's own first.
 template <class Lambda>
 void parallel_ranges(int64_t count, int64_t grain, const Lambda& body) {
-  parallel_for((count + grain - 1) / grain, [&](int64_t piece) {
+  const auto run = [&](int64_t piece) {
     int64_t first = piece * grain;
     body(first, first + grain < count ? first + grain : count);
-  });
+  };
+  parallel_for((count + grain - 1) / grain, run, Claims::kOwnFirst);
 }
 
 }  // namespace tokenmill

@@ -203,11 +203,16 @@ TM_INLINE F load(const float* from) { return load_bits<NativeF>(from); }
 
 TM_INLINE F load(const bf16* from) {
   F r;
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  r.part[0] = (NativeF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
   TM_EACH {
     NativeU16 half;
     std::memcpy(&half, from + p * kNative, sizeof half);
     r.part[p] = (NativeF)(__builtin_convertvector(half, NativeU) << 16);
   }
+#endif
   return r;
 }
 
@@ -326,6 +331,27 @@ TM_INLINE float reduce_max(F a) {
   return reduce(a, [](float x, float y) { return x > y ? x : y; });
 #endif
 }
+
+#if defined(__AVX512F__)
+// The largest lane of each of 16 vectors, in their order: pairs of vectors halve what is left of each, four times.
+TM_INLINE F row_maxima(const F* rows) {
+  __m512 two[8], four[4], eight[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = (__m512)rows[2 * i].part[0], b = (__m512)rows[2 * i + 1].part[0];
+    two[i] = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
+    four[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = four[2 * i], b = four[2 * i + 1];
+    eight[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  }
+  return {{(NativeF)_mm512_max_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
+                                  _mm512_shuffle_f32x4(eight[0], eight[1], 0xDD))}};
+}
+#endif
 
 // One bit a lane of a comparison's result, lane 0 lowest.
 TM_INLINE uint32_t mask_bits(I mask) {
