@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -85,6 +86,7 @@ class CompletionEndpoint:
             )
             await (exchange or Exchange)(asked).run(receive, send)
             status = 200
+            model.metrics.request.observe(time.monotonic() - context.arrival)
         except ApiError as error:
             status = error.status
             if not context.answering:
