@@ -254,7 +254,18 @@ def test_scores_of_a_prompt_that_are_nan_are_an_error(llm: LLM, params: Sampling
     assert engine.pool.match([*poisoned, 1]).blocks == []
 
 
-def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("too many tokens"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["device", "python", "torch on a CPU"],
+)
+def test_out_of_memory_makes_smaller_steps(llm: LLM, error: Exception) -> None:
     engine = llm.engine
     expected = llm.generate([PROMPT], GREEDY)[0].choices[0].token_ids
     engine.pool.reset_cache()
@@ -262,7 +273,7 @@ def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
 
     def hungry(step: Step, inputs: StepInputs) -> Tensor:
         if len(inputs.input_ids) > 20:
-            raise torch.OutOfMemoryError("too many tokens")
+            raise error
         return forward(step, inputs)
 
     engine.runner._forward = hungry  # type: ignore[method-assign]
