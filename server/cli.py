@@ -41,7 +41,7 @@ environment:
   HF_TOKEN              for models of the Hub that need an account
 
 Chat templates, KV cache, aliases, limits and all else of a model stand in models.yaml.
-On another machine's network: --host 0.0.0.0. Metrics: /metrics. API: /docs. Playground: /
+To be reached from other machines: --host 0.0.0.0. Metrics: /metrics. API: /docs. Playground: /
 """
 
 
@@ -235,7 +235,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _way(option: str) -> str:
     """How whoever started this sets an option: `make serve` has names of its own for it."""
-    return f"{option} with " + (f"{option.upper()}=…" if "MAKELEVEL" in os.environ else f"--{option}")
+    by_make = f" (make serve {option.upper()}=…)" if "MAKELEVEL" in os.environ else ""
+    return f"{option} with --{option}{by_make}"
 
 
 def _url(host: str, port: int) -> str:

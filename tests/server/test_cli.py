@@ -269,7 +269,7 @@ def test_bad_configuration_is_one_line(serve: Serve, config: str, message: str) 
 
 @pytest.mark.parametrize(
     ("by_make", "way"),
-    [(False, "choose another port with --port"), (True, "choose another port with PORT=…")],
+    [(False, "choose another port with --port"), (True, "with --port (make serve PORT=…)")],
 )
 def test_taken_port_is_one_line(
     by_make: bool,
