@@ -6,6 +6,7 @@ Result ─▶ verify drafts ─▶ append ─▶ grammar ─▶ stop? ─▶ Del
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import islice
 
@@ -44,8 +45,12 @@ class Delivery:
     def record(self, run: Run, result: Result) -> None:
         """Give each sequence of a step what was drawn for it, and send word of it."""
         for sequence, scores in result.scores:
-            if sequence.status is not Status.FINISHED:
-                self._deltas.append(Delta(sequence.request, sequence.choice, [], prompt_logprobs=scores))
+            if sequence.status is Status.FINISHED:
+                continue
+            if any(map(math.isnan, scores.values)):
+                self.fail(sequence, NO_LOGITS)
+                continue
+            self._deltas.append(Delta(sequence.request, sequence.choice, [], prompt_logprobs=scores))
         draws, size = iter(result.draws), self._scheduler.pool.block_size
         for chunk in run.step.chunks:
             sequence, drafts = chunk.sequence, len(chunk.drafts)

@@ -53,6 +53,11 @@ def _start_team(config: EngineConfig) -> Team:
     return Team(config)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a step was too large for the memory. On a CPU torch has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 class InvalidRequest(ValueError):
     """A request that the engine can't take; the message says why."""
 
@@ -273,8 +278,7 @@ class Engine:
         alone = self.scheduler.suspects[0] if self.scheduler.suspects else None
         for step in steps:
             self.scheduler.rewind(step)
-        too_large = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if too_large and self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
+        if _out_of_memory(error) and self.scheduler.max_batch_tokens > SMALLEST_BATCH_TOKENS:
             self.scheduler.max_batch_tokens //= 2
             self.scheduler.quiet_tokens = 0
             self.scheduler.suspects.clear()

@@ -56,20 +56,23 @@ def check_limits(request: CompletionRequest, variant: Variant) -> None:
     """The entry's own bounds; nothing here needs the model to be loaded. Raises `ApiError` 400."""
     limits = variant.limits
     bounds = [
-        ("stop", len(first_of(request, "stop") or ()), limits.max_stop),
-        ("n", request.n, limits.max_n),
-        ("best_of", request.candidates, limits.max_best_of),
-        ("logprobs", 0 if request.chat_logprobs else request.alternatives or 0, limits.max_logprobs),
-        ("top_logprobs", request.top_logprobs, limits.max_logprobs),
-        ("prompt_logprobs", request.prompt_logprobs or 0, limits.max_logprobs),
+        ("stop", len(first_of(request, "stop") or ()), "max_stop"),
+        ("n", request.n, "max_n"),
+        ("best_of", request.candidates, "max_best_of"),
+        ("logprobs", 0 if request.chat_logprobs else request.alternatives or 0, "max_logprobs"),
+        ("top_logprobs", request.top_logprobs, "max_logprobs"),
+        ("prompt_logprobs", request.prompt_logprobs or 0, "max_logprobs"),
     ]
-    for param, given, allowed in bounds:
+    for param, given, key in bounds:
+        allowed = getattr(limits, key)
         if given > allowed:
-            raise bad_request(f"{param}: {given} is over this model's limit of {allowed}", param)
+            message = f"{param}: {given} is over this model's limit of {allowed}, limits.{key} of its entry"
+            raise bad_request(message, param)
     sequences = len(request.prompt) * request.candidates
     if sequences > limits.max_prompts:
         asked = f"{len(request.prompt)} prompts with {request.candidates} candidates each"
-        raise bad_request(f"{asked} are over this model's limit of {limits.max_prompts} sequences", "prompt")
+        limit = f"{limits.max_prompts} sequences, limits.max_prompts of its entry"
+        raise bad_request(f"{asked} are over this model's limit of {limit}", "prompt")
 
 
 def sampling_values(request: CompletionRequest, variant: Variant) -> dict[str, Any]:

@@ -71,8 +71,12 @@ def http_error(error: HTTPException, path: str, known: Iterable[str]) -> ApiErro
     if error.status_code == 404:
         # Mostly a base URL with `/v1` missing or twice.
         close = difflib.get_close_matches(path[:LONGEST_GUESS], known, 1, CLOSE_ENOUGH)
-        hint = f"; did you mean {close[0]}?" if close else ";"
-        return ApiError(404, f"there is no such route{hint} GET /docs lists them", code="not_found")
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else "models answer at /v1/chat/completions and /v1/completions;"
+        )
+        return ApiError(404, f"there is no such route; {hint} GET /docs lists them", code="not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"this route doesn't take this method; allowed: {allowed or 'others'}"

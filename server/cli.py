@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import ipaddress
 import logging
+import os
 import re
 import signal
 import socket
@@ -31,6 +33,20 @@ from tokenmill.server.version import VERSION
 logger = logging.getLogger("tokenmill")
 
 DEFAULT_CONFIG = Path("models.yaml")
+SERVE_EPILOG = """\
+environment:
+  TOKENMILL_API_KEYS    the keys that clients must send, separated by commas; none: anyone may ask
+  TOKENMILL_ADMIN_KEYS  the keys that may load and unload models; none: nobody may
+  HF_HUB_OFFLINE=1      never ask the Hugging Face Hub
+  HF_TOKEN              for models of the Hub that need an account
+
+Chat templates, KV cache, aliases, limits and all else of a model stand in models.yaml.
+To be reached from other machines: --host 0.0.0.0. Metrics: /metrics. API: /docs. Playground: /
+"""
+
+
+class StartError(Exception):
+    """The server can't start. One line."""
 
 
 def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -55,19 +71,26 @@ def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGI
         return 1
 
 
-class StartError(Exception):
-    """The server can't start. One line."""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tokenmill", description="A local inference server for open-weight models."
+        prog="tokenmill",
+        description="A local inference server for open-weight models.",
+        epilog="tokenmill COMMAND --help tells what a command takes.",
     )
     parser.add_argument("--version", action="version", version=f"tokenmill {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve the models of models.yaml over HTTP")
+    serve = commands.add_parser(
+        "serve",
+        help="serve the models of models.yaml over HTTP",
+        description="Serve the models of models.yaml, or one SOURCE, through an OpenAI-compatible API.",
+        epilog=SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     serve.add_argument(
-        "--config", type=Path, help="a models.yaml; default: ./models.yaml, or the built-in entry"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a models.yaml; default: ./models.yaml, or where there is none the packaged SmolLM2",
     )
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 8000; 0 takes a free one)")
@@ -81,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--model", metavar="SOURCE", help="the same")
     serve.add_argument("--name", metavar="VENDOR/MODEL", help="the name that clients use for SOURCE")
+    serve.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens of prompt and answer together, for all models"
+    )
     serve.add_argument("--device", help="cpu, cuda:0, … for all models")
     serve.add_argument(
         "--dtype", choices=get_args(DType), help="number format of the weights, for all models"
@@ -88,9 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--quantization", choices=get_args(Quantization), help="how weights are held, for all models"
     )
-    serve.add_argument(
-        "--tensor-parallel", type=int, metavar="N", help="GPUs that share each matrix, for all models"
-    )
+    serve.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs that share each model")
     commands.add_parser("tiny", help="write a small random checkpoint, for tests", add_help=False)
     commands.add_parser("bench", help="measure throughput and latency", add_help=False)
     return parser
@@ -108,12 +132,17 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
             "an API key must not be an admin key"
         )
     configure(secrets=(*keys, *admin_keys))
-    url = _url(config.server.host, listener.getsockname()[1])
+    address = listener.getsockname()
+    url = _url(config.server.host, address[1])
     plan = make_plan(config)
     processes = _spawn(config, engine_command)
     logger.info("starting on %s with %s", url, ", ".join(plan.engines))
+    if not keys and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        how = f"; {config.server.api_keys_env} sets some" if config.server.api_keys_env else ""
+        logger.warning("no API key is asked for: whoever reaches %s may use it%s", url, how)
+    console = Console(url, begun, with_key=bool(keys))
     try:
-        return _run(config, (keys, admin_keys), listener, Console(url, begun), processes, engine_command)
+        return _run(config, (keys, admin_keys), listener, console, processes, engine_command)
     finally:
         for process in processes.values():
             process.kill()
@@ -155,7 +184,10 @@ def make_config(options: argparse.Namespace) -> Config:
         config = msgspec.structs.replace(config, models={name: Entry(source=options.model)})
     if options.tensor_parallel is not None and not 1 <= options.tensor_parallel <= MOST_RANKS:
         raise StartError(f"--tensor-parallel must be from 1 to {MOST_RANKS}, not {options.tensor_parallel}")
+    if options.max_context is not None and options.max_context < 1:
+        raise StartError(f"--max-context must be at least 1, not {options.max_context}")
     given = {
+        "max_context": options.max_context,
         "device": options.device,
         "dtype": options.dtype,
         "quantization": options.quantization,
@@ -196,9 +228,15 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        option = "--port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "--host"
-        raise StartError(f"can't listen on {host}:{port}: {reason}; choose another with {option}") from None
+        option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise StartError(f"can't listen on {host}:{port}: {reason}; choose another {_way(option)}") from None
     return listener
+
+
+def _way(option: str) -> str:
+    """How whoever started this sets an option: `make serve` has names of its own for it."""
+    by_make = f" (make serve {option.upper()}=…)" if "MAKELEVEL" in os.environ else ""
+    return f"{option} with --{option}{by_make}"
 
 
 def _url(host: str, port: int) -> str:
@@ -228,13 +266,14 @@ def _run(
     from tokenmill.server.lifecycle import Lifecycle
     from tokenmill.server.registry import Registry
 
-    async def run() -> None:
+    async def run() -> int:
         registry = Registry(config, command=engine_command, processes=processes, progress=console.report)
         app = create_app(registry, config.server, *keys)
-        await Lifecycle(app, registry, config.server.drain_s).run(listener)
+        _, admin_keys = keys
+        on_demand = bool(admin_keys) or any(entry.load == "lazy" for entry in config.models.values())
+        return await Lifecycle(app, registry, config.server.drain_s, on_demand).run(listener)
 
-    uvloop.run(run())
-    return 0
+    return uvloop.run(run())
 
 
 if __name__ == "__main__":

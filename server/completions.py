@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,12 +15,12 @@ from tokenmill.server.admission import Job, cache_salt, check_limits, make_job
 from tokenmill.server.answer import Answer
 from tokenmill.server.body import read_body
 from tokenmill.server.context import RequestContext
-from tokenmill.server.errors import ApiError, ClientGone, internal_error
+from tokenmill.server.errors import ApiError, ClientGone, internal_error, timed_out
 from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.guard import Guard
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.model import Model
-from tokenmill.server.parse import first_of, parse_completion
+from tokenmill.server.parse import first_of, name_of, parse_completion
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
@@ -85,6 +86,7 @@ class CompletionEndpoint:
             )
             await (exchange or Exchange)(asked).run(receive, send)
             status = 200
+            model.metrics.request.observe(time.monotonic() - context.arrival)
         except ApiError as error:
             status = error.status
             if not context.answering:
@@ -123,8 +125,9 @@ class Exchange:
         check_voice(self._request, self._variant.name, self._model.voice)
         stream = Stream(send, self._context)
         timeout_s = first_of(self._request, "inference_timeout") or self._variant.timeout_s
+        late = timed_out(timeout_s, name_of(self._request, "inference_timeout"))
         try:
-            async with Guard(receive, self._context.arrival + timeout_s, timeout_s) as guard:
+            async with Guard(receive, self._context.arrival + timeout_s, late) as guard:
                 whole = await self._generate(guard, stream)
         except ApiError as error:
             await stream.fail(error, self._options.gateway)

@@ -15,8 +15,12 @@ logger = logging.getLogger("tokenmill")
 class Console:
     """A progress line that is rewritten on a terminal, one log line a stage elsewhere."""
 
-    def __init__(self, url: str, begun: float, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, url: str, begun: float, stream: TextIO | None = None, *, with_key: bool = False
+    ) -> None:
         self._url = url
+        self._with_key = with_key
+        """Whether clients have to send one."""
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty()
         self._begun = begun
@@ -53,10 +57,11 @@ class Console:
         )
         if not self._greeted:
             self._greeted = True
+            key = " -H 'Authorization: Bearer KEY'" if self._with_key else ""
             body = f'{{"model": "{model}", "prompt": "The capital of France is"}}'
-            logger.info("serving on %s; try:", self._url)
+            logger.info("serving on %s (a playground; clients take %s/v1); try:", self._url, self._url)
             logger.info(
-                "  curl %s/v1/completions -H 'Content-Type: application/json' -d '%s'", self._url, body
+                "  curl %s/v1/completions%s -H 'Content-Type: application/json' -d '%s'", self._url, key, body
             )
 
     def _end_line(self) -> None:

@@ -72,13 +72,13 @@ def draining() -> ApiError:
     return unavailable("the server is shutting down", "draining", 1)
 
 
-def timed_out(seconds: float) -> ApiError:
-    """504: the request's own deadline has passed."""
+def timed_out(seconds: float, param: str | None) -> ApiError:
+    """504: the deadline has passed, the request's own under the name `param`, or else its model's."""
     return ApiError(
         504,
         f"the request took longer than its deadline of {seconds:g} s",
         kind="timeout_error",
-        param="inference_timeout",
+        param=param,
         code="timeout",
         headers={"x-should-retry": "false"},
     )

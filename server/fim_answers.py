@@ -115,10 +115,12 @@ class InfillAnswer:
 
     def _chunk(self, choice: Choice) -> bytes:
         text = choice.take_text()
+        if not (text or choice.finish_reason):
+            return b""
         ids, self._sent = choice.ids[self._sent :], len(choice.ids)
         if choice.finish_reason is not None:
             return event(self._final(choice, text, ids))
-        return event({**self._row(choice, text, ids), "stop": False}) if text else b""
+        return event({**self._row(choice, text, ids), "stop": False})
 
     def end(self, with_done: bool) -> bytes:
         """llama.cpp's own streams just end."""

@@ -76,6 +76,20 @@ class FimRequest(Strict):
     top_p: float | None = Field(
         None, gt=0, le=1, description="Nucleus; the model's default if not given.", examples=[0.95]
     )
+    presence_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="As for completions. Not Mistral's, but editors send it.",
+        examples=[0.0],
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="As for completions. Not Mistral's, but editors send it.",
+        examples=[0.0],
+    )
     random_seed: int | None = Field(
         None, ge=-INT64, lt=INT64, description="The same seed gives the same text.", examples=[1]
     )

@@ -9,20 +9,20 @@ from typing import Self
 
 from starlette.types import Receive
 
-from tokenmill.server.errors import ClientGone, timed_out
+from tokenmill.server.errors import ApiError, ClientGone
 
 
 class Guard:
     """`async with` block that `interrupt` ends with an error, wherever it waits.
 
     Entered by the task that handles a request. The body has been read, so the next thing to be received is
-    the client's leaving. `deadline` is monotonic time.
+    the client's leaving. `deadline` is monotonic time; `timed_out` is the error that it brings.
     """
 
-    def __init__(self, receive: Receive, deadline: float, timeout_s: float) -> None:
+    def __init__(self, receive: Receive, deadline: float, timed_out: ApiError) -> None:
         self._receive = receive
         self._deadline = deadline
-        self._timeout_s = timeout_s
+        self._timed_out = timed_out
         self._error: Exception | None = None
         self._open = False
 
@@ -33,7 +33,7 @@ class Guard:
         self._task = task
         self._open = True
         left = max(0.0, self._deadline - time.monotonic())
-        self._timer = loop.call_later(left, lambda: self.interrupt(timed_out(self._timeout_s)))
+        self._timer = loop.call_later(left, lambda: self.interrupt(self._timed_out))
         self._listener = loop.create_task(self._listen())
         return self
 

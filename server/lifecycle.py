@@ -1,4 +1,8 @@
-"""Runs the application until a signal, and ends it: drain, then stop, and at a second signal stop at once."""
+"""Runs the application until a signal, and ends it: drain, then stop, and at a second signal stop at once.
+
+It also ends by itself when nothing can be served any more: a service manager or a script that waits for the server
+sees an exit code then, and a person a prompt.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +37,13 @@ class Server(uvicorn.Server):
 
 
 class Lifecycle:
-    """One run of the server."""
+    """One run of the server. `may_recover`: models may still be loaded on demand, so failed ones are no end."""
 
-    def __init__(self, app: FastAPI, registry: Registry, drain_s: float) -> None:
+    def __init__(self, app: FastAPI, registry: Registry, drain_s: float, may_recover: bool) -> None:
         self._registry = registry
         self._drain_s = drain_s
+        self._may_recover = may_recover
+        self._exit_code = 0
         self._ending: asyncio.Task[None] | None = None
         self._now = asyncio.Event()
         self._server = Server(
@@ -55,12 +61,26 @@ class Lifecycle:
             )
         )
 
-    async def run(self, listener: socket.socket) -> None:
-        """Serve on a bound socket until a signal has been dealt with."""
+    async def run(self, listener: socket.socket) -> int:
+        """Serve on a bound socket until a signal has been dealt with; the exit code."""
         loop = asyncio.get_running_loop()
         for number in stop_signals():
             loop.add_signal_handler(number, self._on_signal, number)
-        await self._server.serve(sockets=[listener])
+        watch = loop.create_task(self._end_when_hopeless())
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            watch.cancel()
+        return self._exit_code
+
+    async def _end_when_hopeless(self) -> None:
+        if self._may_recover:
+            return
+        await self._registry.hopeless()
+        if self._ending is None:
+            logger.error("there is no model to serve: none could be loaded")
+            self._exit_code = 1
+            self._ending = asyncio.create_task(self._end(INTERRUPT_DRAIN_S))
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._ending is not None:

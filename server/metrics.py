@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from tokenmill.engine.messages import Stats
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 600.0)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -31,13 +32,14 @@ class Histogram:
 class ModelMetrics:
     """What the front end itself sees of one model's requests."""
 
-    __slots__ = ("inter_token", "outcomes", "time_to_first_token")
+    __slots__ = ("inter_token", "outcomes", "request", "time_to_first_token")
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         """Requests by outcome: an HTTP status, 499 for a client that left."""
         self.time_to_first_token = Histogram(TTFT_BUCKETS)
         self.inter_token = Histogram(ITL_BUCKETS)
+        self.request = Histogram(REQUEST_BUCKETS)
 
 
 class Snapshot:
@@ -90,8 +92,9 @@ def render(models: Iterable[Snapshot]) -> str:
         (m, f',outcome="{o}"', count) for m in rows for o, count in sorted(m.metrics.outcomes.items())
     ]
     _family(lines, "requests_total", "counter", "Requests by outcome (an HTTP status).", outcomes)
-    _histograms(lines, "time_to_first_token_seconds", "From a request's arrival to its first token.", rows)
-    _histograms(lines, "inter_token_seconds", "Between the tokens of one choice.", rows)
+    _histograms(lines, "time_to_first_token", "From a request's arrival to its first token.", rows)
+    _histograms(lines, "inter_token", "Between the tokens of one choice.", rows)
+    _histograms(lines, "request", "From a request's arrival to the end of its answer, errors left out.", rows)
     return "\n".join(lines) + "\n"
 
 
@@ -102,11 +105,11 @@ def _family(
     lines += [f'tokenmill_{name}{{model="{model.name}"{labels}}} {value}' for model, labels, value in rows]
 
 
-def _histograms(lines: list[str], name: str, text: str, models: list[Snapshot]) -> None:
+def _histograms(lines: list[str], attribute: str, text: str, models: list[Snapshot]) -> None:
+    name = f"{attribute}_seconds"
     lines += [f"# HELP tokenmill_{name} {text}", f"# TYPE tokenmill_{name} histogram"]
     for model in models:
-        own = model.metrics
-        histogram = own.time_to_first_token if name.startswith("time_to") else own.inter_token
+        histogram: Histogram = getattr(model.metrics, attribute)
         label = f'model="{model.name}"'
         below = 0
         for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):

@@ -105,9 +105,15 @@ def _same(left: object, right: object) -> bool:
     return type(left) is type(right) and left == right
 
 
+def name_of(request: CompletionRequest, field: str) -> str | None:
+    """Under which of its names a field came, or None."""
+    return next((name for name in ALIASES[field] if getattr(request, name) is not None), None)
+
+
 def first_of(request: CompletionRequest, field: str) -> Any:
     """The value of a field under whichever of its names it came, or None."""
-    return next((value for name in ALIASES[field] if (value := getattr(request, name)) is not None), None)
+    name = name_of(request, field)
+    return None if name is None else getattr(request, name)
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> ApiError:
@@ -198,7 +204,7 @@ def check_conflicts(request: CompletionRequest) -> None:
         raise bad_request(message, "echo")
     for name in first_of(request, "inference_extra_headers") or {}:
         if name.lower() in FORBIDDEN_HEADERS:
-            param = next(name for name in ALIASES["inference_extra_headers"] if name in given)
+            param = name_of(request, "inference_extra_headers")
             raise bad_request(
                 f"{param}: {shorten(name)} concerns access or framing and can't be set here", param
             )

@@ -67,6 +67,10 @@ class Registry:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def hopeless(self) -> None:
+        """Wait until every model has failed for good."""
+        await asyncio.gather(*(model.given_up() for model in self))
+
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 

@@ -214,6 +214,11 @@ class Supervised(ABC, Generic[C, E]):
         while process is not None and self._process is process:
             await self._changed.wait()
 
+    async def given_up(self) -> None:
+        """Wait until it has failed for good; one that only waits for its restart hasn't."""
+        while self.status != "failed" or self._retry_after_s is not None:
+            await self._changed.wait()
+
     def prepare(self) -> None:
         """Begin to load a lazy one before a request asks for it."""
         if self.status == "unloaded":

@@ -232,7 +232,40 @@ def test_a_row_of_nan_errors_alone_and_is_not_cached(llm: LLM) -> None:
     assert engine.pool.match([*poisoned, 1]).blocks == []
 
 
-def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=0, prompt_logprobs=0),
+        SamplingParams(max_tokens=2, prompt_logprobs=3, n=2),
+        SamplingParams(max_tokens=2, prompt_logprobs=0, logprobs=0, seed=1),
+    ],
+)
+def test_scores_of_a_prompt_that_are_nan_are_an_error(llm: LLM, params: SamplingParams) -> None:
+    """They are no log-probabilities, even where nothing is drawn that would show it."""
+    engine = llm.engine
+    expected = llm.generate([PROMPT], GREEDY)[0].choices[0].token_ids
+    poisoned = [*range(100, 140), 300, 5, 6]
+    Saboteur(engine, 300, None)
+    news = run(engine, Add(500, PROMPT, GREEDY), Add(501, poisoned, params))
+    assert tokens(news[500, 0]) == expected
+    for choice in range(params.n):
+        last = news[501, choice][-1]
+        assert (last.finish, last.error) == ("error", "the model produced no finite logits")
+    assert engine.pool.match([*poisoned, 1]).blocks == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("too many tokens"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["device", "python", "torch on a CPU"],
+)
+def test_out_of_memory_makes_smaller_steps(llm: LLM, error: Exception) -> None:
     engine = llm.engine
     expected = llm.generate([PROMPT], GREEDY)[0].choices[0].token_ids
     engine.pool.reset_cache()
@@ -240,7 +273,7 @@ def test_out_of_memory_makes_smaller_steps(llm: LLM) -> None:
 
     def hungry(step: Step, inputs: StepInputs) -> Tensor:
         if len(inputs.input_ids) > 20:
-            raise torch.OutOfMemoryError("too many tokens")
+            raise error
         return forward(step, inputs)
 
     engine.runner._forward = hungry  # type: ignore[method-assign]

@@ -267,8 +267,21 @@ def test_bad_configuration_is_one_line(serve: Serve, config: str, message: str) 
     assert message in served.lines[0]
 
 
-def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Row 39."""
+@pytest.mark.parametrize(
+    ("by_make", "way"),
+    [(False, "choose another port with --port"), (True, "with --port (make serve PORT=…)")],
+)
+def test_taken_port_is_one_line(
+    by_make: bool,
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Row 39; `make serve` has a name of its own for the option."""
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    if by_make:
+        monkeypatch.setenv("MAKELEVEL", "1")
     path = tmp_path / "m.yaml"
     path.write_text(CONFIG)
     with socket.socket() as taken:
@@ -278,22 +291,26 @@ def test_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["serve", "--config", str(path), "--port", port]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tokenmill: can't listen on 127.0.0.1:{port}: Address already in use")
-    assert line.endswith("choose another with --port")
+    assert line.endswith(way)
 
 
-def test_address_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_address_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MAKELEVEL", raising=False)
     path = tmp_path / "m.yaml"
     path.write_text(CONFIG)
     assert main(["serve", "--config", str(path), "--host", "192.0.2.1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("choose another with --host")
+    assert line.endswith("choose another host with --host")
     assert main(["serve", "--config", str(tmp_path / "none.yaml")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"tokenmill: {tmp_path / 'none.yaml'}: can't be read: No such file or directory"
 
 
 def options(**given: object) -> Namespace:
-    names = ("config", "host", "port", "model", "name", "device", "dtype", "quantization", "tensor_parallel")
+    names = ("config", "host", "port", "model", "name", "max_context", "device", "dtype", "quantization")
+    names += ("tensor_parallel",)
     return Namespace(**{**dict.fromkeys(names), **given})
 
 
@@ -309,6 +326,7 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert (changed.server.host, changed.server.port) == ("0.0.0.0", 9)
     assert {(entry.device, entry.dtype) for entry in changed.models.values()} == {("cpu", "float32")}
     assert {(x.quantization, x.tensor_parallel) for x in changed.models.values()} == {("int4", 2)}
+    assert {entry.max_context for entry in make_config(options(max_context=512)).models.values()} == {512}
     for source, name in (
         ("Qwen/Qwen3-0.6B", "qwen/qwen3-0.6b"),
         ("./My Model.gguf", "local/my-model"),
@@ -318,8 +336,8 @@ def test_configuration_of_a_command_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert model == name
     (model,) = make_config(options(model="x", name="a/b")).models
     assert model == "a/b"
-    ranks = ({"tensor_parallel": 0}, {"tensor_parallel": 65})
-    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}, *ranks):
+    counts = ({"tensor_parallel": 0}, {"tensor_parallel": 65}, {"max_context": 0})
+    for wrong in ({"name": "a/b"}, {"model": "x", "name": "ab"}, {"model": ""}, {"port": 70000}, *counts):
         with pytest.raises(StartError):
             make_config(options(**wrong))
 
@@ -379,6 +397,52 @@ def test_progress_line_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
         console.report("a/b", READY)
         console.report("a/c", READY)
     assert caplog.text.count("curl ") == 1
+
+
+def test_the_example_brings_a_key_where_one_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        Console("http://x", time.monotonic(), Terminal(), with_key=True).report("a/b", READY)  # type: ignore[arg-type]
+        Console("http://y", time.monotonic(), Terminal()).report("a/b", READY)  # type: ignore[arg-type]
+    keyed, plain = re.findall("curl .*", caplog.text)
+    assert "-H 'Authorization: Bearer KEY'" in keyed
+    assert "Authorization" not in plain
+
+
+def test_an_open_address_without_keys_is_said(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    warning = "no API key is asked for: whoever reaches http://0.0.0.0:"
+    monkeypatch.delenv("TOKENMILL_API_KEYS", raising=False)
+    served = serve(CONFIG, "--host", "0.0.0.0")
+    served.wait_ready()
+    assert warning in served.log
+    monkeypatch.setenv("TOKENMILL_API_KEYS", "k")
+    for address in (("--host", "0.0.0.0"), ("--host", "127.0.0.1")):
+        served = serve(CONFIG, *address)
+        served.wait_ready()
+        assert warning not in served.log
+
+
+@pytest.mark.parametrize("mode", ["load_failed", "crash_loading"])
+def test_nothing_to_serve_is_an_end(serve: Serve, mode: str) -> None:
+    """Whoever waits for the server learns that it won't come."""
+    served = serve(mode=mode)
+    assert served.process.wait(timeout=20) == 1
+    eventually(lambda: "there is no model to serve: none could be loaded" in served.log)
+    assert "Traceback" not in served.log
+
+
+@pytest.mark.parametrize("on_demand", ["lazy", "admin"])
+def test_what_may_be_loaded_later_is_waited_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, on_demand: str
+) -> None:
+    if on_demand == "admin":
+        monkeypatch.setenv("TOKENMILL_ADMIN_KEYS", "boss")
+    config = 'models: {a/b: {source: "fake:"}, c/d: {source: "fake:", load: %s}}'
+    served = serve(config % ("lazy" if on_demand == "lazy" else "preload"), mode="load_failed")
+    eventually(lambda: "a/b: model.safetensors: truncated" in served.log)
+    refused = httpx.post(f"{served.url}/v1/completions", json={"model": "c/d", "prompt": "a"}, timeout=30)
+    assert refused.json()["error"]["code"] == "model_failed"
+    assert httpx.get(f"{served.url}/health").status_code == 503
+    assert served.end(signal.SIGTERM) == 0
 
 
 def test_a_later_load_is_timed_by_itself(caplog: pytest.LogCaptureFixture) -> None:

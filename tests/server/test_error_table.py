@@ -159,3 +159,10 @@ def test_504(start: Callable[..., LiveServer]) -> None:
     error = check(response, 504, "timeout_error", "timeout")
     assert error["param"] == "inference_timeout"
     assert response.headers["x-should-retry"] == "false"
+
+
+def test_504_of_the_entry(start: Callable[..., LiveServer]) -> None:
+    """No field of the request is at fault where the model's own deadline has passed."""
+    server = start('models: {a/b: {source: "fake:step_s=0.1", timeout_s: 0.3}}')
+    response = server.complete(prompt="a", max_tokens=200)
+    assert check(response, 504, "timeout_error", "timeout")["param"] is None

@@ -129,7 +129,8 @@ def test_deadline_of_a_running_request(slow: LiveServer, name: str) -> None:
     response = slow.complete(prompt="abc", max_tokens=10_000, **{name: "0.3"})
     assert response.status_code == 504
     assert response.headers["x-should-retry"] == "false"
-    assert response.json()["error"]["code"] == "timeout"
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("timeout", name)
     eventually(slow.is_idle, seconds=2)
 
 

@@ -14,8 +14,8 @@ from live_server import LiveServer, events, eventually
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import parse_config
 from tokenmill.server.fim_answers import LineRules
-from tokenmill.server.fim_protocol import InfillRequest
-from tokenmill.server.fim_routes import completion_of_infill
+from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.fim_routes import completion_of_fim, completion_of_infill
 
 TOY = Tokenizer(FIM_TOKENIZER)
 PREFIX, SUFFIX, MIDDLE, FILE = (TOY.encode(token, add_special_tokens=False)[0] for token in FIM_TOKENS)
@@ -91,6 +91,11 @@ def test_mistral_fields(editors: LiveServer) -> None:
     assert fim(editors, prompt="a", max_tokens=1, metadata={"a": 1}, suffix=None).status_code == 200
 
 
+def test_mistral_shape_with_the_penalties_that_editors_add() -> None:
+    request = completion_of_fim(FimRequest(prompt="a", presence_penalty=0.5, frequency_penalty=-1.0))
+    assert (request.presence_penalty, request.frequency_penalty) == (0.5, -1.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -149,6 +154,16 @@ def test_infill_stream(editors: LiveServer) -> None:
     assert [token for row in rows for token in row["tokens"]] == plain("abcab")
     assert [row["stop"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert rows[-1]["stop_type"] == "limit"
+
+
+def test_infill_stream_keeps_ids_of_half_characters(editors: LiveServer) -> None:
+    """Tokens without text of their own come with the text that they become."""
+    response = infill(
+        editors, input_prefix="é漢", n_predict=5, temperature=0, stream=True, return_tokens=True
+    )
+    rows = [json.loads(event) for event in events(response)]
+    assert "".join(row["content"] for row in rows) == "é漢"
+    assert [token for row in rows for token in row["tokens"]] == plain("é漢")
 
 
 def test_infill_prompt_follows_the_middle_token(editors: LiveServer) -> None:

@@ -28,7 +28,7 @@ from tokenmill.engine.sampling_params import SamplingParams
 from tokenmill.server.admission import cache_salt
 from tokenmill.server.auth import read_keys
 from tokenmill.server.engine_client import EngineClient
-from tokenmill.server.errors import ApiError, ClientGone, shorten
+from tokenmill.server.errors import ApiError, ClientGone, shorten, timed_out
 from tokenmill.server.guard import Guard
 from tokenmill.server.logprobs import LOWEST, ScoredTokens, chat_content, legacy_arrays
 from tokenmill.server.logs import OneLineFormatter
@@ -125,7 +125,7 @@ def guarded(
 ) -> None:
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        async with Guard(receive, loop.time() + 0.05, 0.05) as guard:  # type: ignore[arg-type]
+        async with Guard(receive, loop.time() + 0.05, timed_out(0.05, None)) as guard:  # type: ignore[arg-type]
             await body(guard)
 
     asyncio.run(run())
@@ -174,7 +174,7 @@ def test_guard_leaves_the_task_usable() -> None:
     async def run() -> bool:
         loop = asyncio.get_running_loop()
         with pytest.raises(ClientGone):
-            async with Guard(at_once, loop.time() + 10, 10):  # type: ignore[arg-type]
+            async with Guard(at_once, loop.time() + 10, timed_out(10, None)):  # type: ignore[arg-type]
                 await asyncio.sleep(3600)
         await asyncio.sleep(0)
         task = asyncio.current_task()
@@ -186,7 +186,7 @@ def test_guard_leaves_the_task_usable() -> None:
 def test_cancellation_from_outside_stays_a_cancellation() -> None:
     async def run() -> None:
         async def inner() -> None:
-            async with Guard(never, asyncio.get_running_loop().time() + 10, 10):  # type: ignore[arg-type]
+            async with Guard(never, asyncio.get_running_loop().time() + 10, timed_out(10, None)):  # type: ignore[arg-type]
                 await asyncio.sleep(3600)
 
         task = asyncio.create_task(inner())

@@ -142,6 +142,8 @@ def test_metrics(start: Callable[..., LiveServer]) -> None:
     buckets = [float(value) for value in re.findall(r"first_token_seconds_bucket{.*} (\S+)", text)]
     assert buckets == sorted(buckets)
     assert metric(text, "time_to_first_token_seconds_count") == buckets[-1]
+    assert metric(text, "request_seconds_count") == 1, "errors have no length"
+    assert 0 < metric(text, "request_seconds_sum") < 300
     for line in text.splitlines():
         assert re.fullmatch(r"# (HELP|TYPE) tokenmill_\w+ .+|tokenmill_\w+({.+})? [0-9.e+-]+", line), line
 
@@ -158,6 +160,11 @@ def test_unknown_routes_and_methods(server: LiveServer) -> None:
         assert response.status_code == status, path
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert server.client.get("/v1/completions").headers["allow"] == "POST"
+    for path, hint in (
+        ("/chat/completions", "did you mean /v1/chat/"),
+        ("/v1/responses", "/v1/chat/completions and"),
+    ):
+        assert hint in server.client.post(path, json={}).json()["error"]["message"]
 
 
 def test_an_unforeseen_failure_is_a_500_of_fixed_text(
