@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import uvicorn
 
 from tokenmill.server.app import create_app
@@ -17,10 +23,14 @@ from tokenmill.server.cli import listen
 from tokenmill.server.config import Config
 from tokenmill.server.http_protocol import BoundedHttpProtocol
 from tokenmill.server.lifecycle import Server
+from tokenmill.server.model import Model
 from tokenmill.server.registry import Registry
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 FAKE_SPEECH = Path(__file__).parent / "fake_speech.py"
+PATIENCE_S = 120.0
+"""For what comes at once on an idle machine. On a busy one, only a fault takes so long."""
+LOOK_S = 0.01
 MODEL = "toy/echo"
 ONE_MODEL = """
 version: 1
@@ -33,6 +43,7 @@ models:
       greedy: {sampling: {temperature: 0}}
       forced: {force: {temperature: 0, max_tokens: 4}, limits: {max_n: 2, max_logprobs: 3}}
 """
+HEAD = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 class LiveServer:
@@ -51,7 +62,7 @@ class LiveServer:
         self.listener = listen("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         self._command = [sys.executable, str(engine), "--mode", mode]
         self._speech_command = [sys.executable, str(FAKE_SPEECH)]
         self._keys = keys
@@ -81,8 +92,12 @@ class LiveServer:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         self._server.should_exit = True
-        self._thread.join(timeout=20)
+        self._thread.join(timeout=PATIENCE_S)
         assert not self._thread.is_alive()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run a function on its event loop."""
+        self._loop.call_soon_threadsafe(function)
 
     def complete(self, **fields: object) -> httpx.Response:
         """`POST /v1/completions`."""
@@ -95,6 +110,43 @@ class LiveServer:
         text: str = response.json()["choices"][0]["text"]
         return text
 
+    def open(self, path: str = "/v1/completions", **fields: object) -> socket.socket:
+        """A raw connection with a request on its way, for clients that misbehave."""
+        body = json.dumps(fields).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+        connection.sendall(HEAD % (path.encode(), len(body)) + body)
+        return connection
+
+    @property
+    def model(self) -> Model:
+        """The only model."""
+        (model,) = self.registry
+        return model
+
+    @property
+    def pid(self) -> int | None:
+        """The only model's engine process; None while there is none."""
+        return None if self.model._process is None else self.model._process.pid
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The only model's engine does nothing meanwhile: what it is asked stays unanswered however long it takes."""
+        eventually(lambda: self.pid is not None)
+        pid = self.pid
+        assert pid is not None
+        with paused(pid):
+            yield
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The only model's silence isn't taken for a hang meanwhile, however slow the machine is."""
+        rules = self.model._rules
+        self.model._rules = msgspec.structs.replace(rules, watchdog_s=900, load_watchdog_s=900)
+        try:
+            yield
+        finally:
+            self.model._rules = rules
+
     def is_idle(self) -> bool:
         """Whether nothing runs, waits or holds blocks, in the front end and in every engine."""
         stats = [model.stats for model in self.registry]
@@ -103,12 +155,27 @@ class LiveServer:
         )
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until a condition holds; fail when it doesn't in this time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """A process is stopped meanwhile; what it is sent waits for it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; fail when it never does.
+
+    Looks are counted, not clocks read: while the tests themselves are stopped, nothing is late.
+    """
+    for _ in range(round(PATIENCE_S / LOOK_S)):
+        if condition():
+            return
+        time.sleep(LOOK_S)
+    raise AssertionError("it never came true")
 
 
 def events(response: httpx.Response) -> list[str]:
