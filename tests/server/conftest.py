@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chat_live import CHAT_ENGINE, CONFIG
-from live_server import MODEL, ONE_MODEL, LiveServer, eventually
+from live_server import MODEL, ONE_MODEL, LiveServer
+from waiting import eventually
 
 from tokenmill.server.config_file import parse_config
 from tokenmill.server.guard import Guard

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import msgspec
 import uvicorn
+from waiting import PATIENCE_S, eventually, paused
 
 from tokenmill.server.app import create_app
 from tokenmill.server.cli import listen
@@ -28,9 +26,6 @@ from tokenmill.server.registry import Registry
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 FAKE_SPEECH = Path(__file__).parent / "fake_speech.py"
-PATIENCE_S = 120.0
-"""For what comes at once on an idle machine. On a busy one, only a fault takes so long."""
-LOOK_S = 0.01
 MODEL = "toy/echo"
 ONE_MODEL = """
 version: 1
@@ -153,29 +148,6 @@ class LiveServer:
         return self.registry.unanswered == 0 and all(
             s is not None and (s.running, s.waiting, s.used_blocks) == (0, 0, 0) for s in stats
         )
-
-
-@contextlib.contextmanager
-def paused(pid: int) -> Iterator[None]:
-    """A process is stopped meanwhile; what it is sent waits for it."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds; fail when it never does.
-
-    Looks are counted, not clocks read: while the tests themselves are stopped, nothing is late.
-    """
-    for _ in range(round(PATIENCE_S / LOOK_S)):
-        if condition():
-            return
-        time.sleep(LOOK_S)
-    raise AssertionError("it never came true")
 
 
 def events(response: httpx.Response) -> list[str]:

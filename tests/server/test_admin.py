@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, ONE_MODEL, PATIENCE_S, LiveServer, eventually
+from live_server import MODEL, ONE_MODEL, LiveServer
+from waiting import PATIENCE_S, eventually
 
 from tokenmill.server.model import Model
 

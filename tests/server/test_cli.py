@@ -17,7 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import FAKE_ENGINE, PATIENCE_S, eventually, paused
+from live_server import FAKE_ENGINE
+from waiting import PATIENCE_S, alive, eventually, paused
 
 from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
 from tokenmill.server.cli import StartError, _parser, main, make_config
@@ -117,14 +118,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         if served.process.poll() is None:
             served.process.kill()
         served.process.wait()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (one that has ended and waits for its parent doesn't)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def stream_in_thread(url: str, tokens: int) -> tuple[threading.Thread, list[str]]:

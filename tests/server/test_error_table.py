@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, LiveServer, eventually
+from live_server import MODEL, LiveServer
+from waiting import eventually
 
 ROUTES = (
     "/v1/completions",

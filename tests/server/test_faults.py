@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import HEAD, MODEL, ONE_MODEL, PATIENCE_S, LiveServer, events, eventually
+from live_server import HEAD, MODEL, ONE_MODEL, LiveServer, events
+from waiting import PATIENCE_S, eventually
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import Loading

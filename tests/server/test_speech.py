@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 from chat_live import CALL, CHAT_ENGINE, TEMPLATES, TOOLS, says, user
-from live_server import LiveServer, events, eventually
+from live_server import LiveServer, events
+from waiting import eventually
 
 from tokenmill.server.config_file import parse_config
 from tokenmill.server.guard import Guard
