@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import errno
 import logging
+import os
 import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -46,10 +47,7 @@ def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGI
         return bench.main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
     try:
-        with interruptible():
-            return serve(options, engine_command)
-    except KeyboardInterrupt:
-        return 0
+        return serve(options, engine_command)
     except (ConfigError, StartError) as error:
         print(f"tokenmill: {error}", file=sys.stderr)
         return 1
@@ -98,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
     """`tokenmill serve`: listen, start the engines, then read the web framework and serve until a signal."""
+    processes: dict[str, EngineProcess] = {}
+    with called_off(processes):
+        try:
+            return _serve(options, engine_command, processes)
+        finally:
+            for process in processes.values():
+                process.kill()
+
+
+def _serve(
+    options: argparse.Namespace, engine_command: Sequence[str], processes: dict[str, EngineProcess]
+) -> int:
     begun = time.monotonic()
     config = make_config(options)
     listener = listen(config.server.host, config.server.port)
@@ -110,25 +120,27 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
     configure(secrets=(*keys, *admin_keys))
     url = _url(config.server.host, listener.getsockname()[1])
     plan = make_plan(config)
-    processes = _spawn(config, engine_command)
+    processes.update(_spawn(config, engine_command))
     logger.info("starting on %s with %s", url, ", ".join(plan.engines))
-    try:
-        return _run(config, (keys, admin_keys), listener, Console(url, begun), processes, engine_command)
-    finally:
-        for process in processes.values():
-            process.kill()
+    return _run(config, (keys, admin_keys), listener, Console(url, begun), processes, engine_command)
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it, whatever asks the process to end raises KeyboardInterrupt, so that a start which is called off
-    leaves no engine and no traceback. A server that runs takes the signals itself (`lifecycle.py`)."""
+def called_off(processes: Mapping[str, EngineProcess]) -> Iterator[None]:
+    """Within it, whatever asks the process to end does so at once, and ends these processes with it.
 
-    def interrupt(number: int, frame: object) -> None:
-        # Not Python's own handler, which asyncio would replace by one that cancels tasks.
-        raise KeyboardInterrupt
+    No exception does: it would be raised anywhere, and what is not Python's own (pydantic's core, callbacks of the
+    event loop) turns such a one into another or drops it. A server that runs takes the signals itself
+    (`lifecycle.py`).
+    """
 
-    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
+    def end(number: int, frame: object) -> None:
+        for process in processes.values():
+            process.kill()
+        logging.shutdown()
+        os._exit(0)
+
+    before = {number: signal.signal(number, end) for number in stop_signals()}
     try:
         yield
     finally:

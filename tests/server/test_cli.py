@@ -33,16 +33,30 @@ code = main(sys.argv[2:], (sys.executable, *sys.argv[1].split()))
 print("imported:", [name for name in ("torch", "transformers") if name in sys.modules], file=sys.stderr)
 sys.exit(code)
 """
+DEAF = """
+import sys, time
+class Deaf:
+    def find_spec(self, name, path, target=None):
+        if name == "uvloop":
+            print("importing", file=sys.stderr)
+            while True:
+                try:
+                    time.sleep(600)
+                except BaseException:
+                    pass
+sys.meta_path.insert(0, Deaf())
+"""
+"""Importing what the server needs takes very long, and drops whatever exception is raised meanwhile."""
 CONFIG = 'models: {toy/echo: {source: "fake:step_s=0.01", max_context: 100000}}'
 
 
 class Served:
     """A `tokenmill serve` process over the scripted engine."""
 
-    def __init__(self, folder: Path, config: str, *options: str, mode: str = "") -> None:
+    def __init__(self, folder: Path, config: str, *options: str, mode: str = "", before: str = "") -> None:
         path = folder / "served.yaml"
         path.write_text(config)
-        command = [sys.executable, "-c", RUN, f"{FAKE_ENGINE} --mode={mode}"]
+        command = [sys.executable, "-c", before + RUN, f"{FAKE_ENGINE} --mode={mode}"]
         arguments = ["serve", "--config", str(path), "--port", "0", *options]
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
         try:
@@ -109,8 +123,8 @@ Serve = Callable[..., Served]
 def serve(tmp_path: Path) -> Iterator[Serve]:
     running: list[Served] = []
 
-    def begin(config: str = CONFIG, *options: str, mode: str = "") -> Served:
-        running.append(Served(tmp_path, config, *options, mode=mode))
+    def begin(config: str = CONFIG, *options: str, mode: str = "", before: str = "") -> Served:
+        running.append(Served(tmp_path, config, *options, mode=mode, before=before))
         return running[-1]
 
     yield begin
@@ -175,6 +189,15 @@ def test_a_start_that_is_called_off_ends_quietly(serve: Serve, number: signal.Si
     assert served.end(number) == 0
     eventually(lambda: not alive(engine))
     assert "Traceback" not in served.log
+
+
+def test_a_start_is_called_off_whatever_it_is_doing(serve: Serve) -> None:
+    """pydantic's core, for one, makes an error of its own of an exception that is raised while it works."""
+    served = serve(before=DEAF)
+    eventually(lambda: "importing" in served.log)
+    (engine,) = served.engines()
+    assert served.end(signal.SIGTERM) == 0
+    eventually(lambda: not alive(engine))
 
 
 def test_a_closed_terminal_ends_streams_with_an_error(serve: Serve) -> None:
