@@ -37,12 +37,13 @@ class Server:
 
     url: str
     process: subprocess.Popen[bytes]
+    http: httpx.Client
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE_S)
+        return self.http.get(self.url + path)
 
     def post(self, path: str, body: dict[str, object]) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S)
+        return self.http.post(self.url + path, json=body)
 
     def children(self, pattern: str, parent: int | None = None) -> list[int]:
         """Process ids of the server's (or another process's) children whose command line contains this."""
@@ -66,9 +67,10 @@ def serving(config: Path) -> Iterator[Server]:
     with log.open("wb") as file:
         process = subprocess.Popen(command, start_new_session=True, stderr=file)
     try:
-        server = Server(_url(process, log), process)
-        eventually(lambda: _is_loaded(server))
-        yield server
+        with httpx.Client(timeout=PATIENCE_S) as http:
+            server = Server(_url(process, log), process, http)
+            eventually(lambda: _is_loaded(server))
+            yield server
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

@@ -88,7 +88,8 @@ def test_sigterm_lets_a_stream_finish_and_leaves_no_process(alone: Server) -> No
         reader, lines = stream(alone, 300)
         eventually(lambda: alone.metric("tokenmill_requests_without_token") == 1)
         os.kill(alone.process.pid, signal.SIGTERM)
-        eventually(lambda: alone.post("/v1/completions", CANARY).status_code == 503)
+        eventually(lambda: alone.get("/health").status_code == 503)
+        assert alone.post("/v1/completions", CANARY).status_code == 503
     reader.join(timeout=PATIENCE_S)
     assert lines[-1] == "data: [DONE]"
     assert alone.process.wait(timeout=PATIENCE_S) == 0
