@@ -20,7 +20,7 @@ CONTEXT = 1 << 17
 CANARY = {"model": "tiny/llama", "prompt": "The mill", "max_tokens": 24, "temperature": 0}
 ONE_MODEL = """
 version: 1
-server: {{drain_s: 3600}}
+server: {{drain_s: 3600, watchdog_s: 3600}}
 models:
   tiny/llama:
     source: {tiny}

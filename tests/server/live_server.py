@@ -129,7 +129,7 @@ class LiveServer:
         eventually(lambda: self.pid is not None)
         pid = self.pid
         assert pid is not None
-        with paused(pid):
+        with self.unwatched(), paused(pid):
             yield
 
     @contextlib.contextmanager

@@ -219,7 +219,7 @@ def test_nohup_keeps_its_word() -> None:
 
 
 def test_terminate_lets_running_requests_finish(serve: Serve) -> None:
-    served = serve()
+    served = serve("server: {drain_s: 3600, watchdog_s: 3600}\n" + CONFIG)
     served.wait_ready()
     (engine,) = served.engines()
     with paused(engine):
