@@ -46,11 +46,11 @@ GRAMMAR_WAIT_S = 0.01
 """How long an engine that has nothing else to do waits for a grammar in one step."""
 
 
-def _start_team(config: EngineConfig) -> Team:
+def _start_team(config: EngineConfig, own_process: bool) -> Team:
     """Only a model of several ranks has to do with torch.distributed."""
     from tokenmill.engine.team import Team
 
-    return Team(config)
+    return Team(config, own_process)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -71,10 +71,14 @@ class Engine:
         progress: Callable[[str, float | None], None] = lambda stage, done: None,
         *,
         model: LoadedModel | None = None,
+        own_process: bool = False,
     ) -> None:
-        """Load the model, or take over a loaded one, and allocate its cache; raises `loader.LoadError`, one line."""
+        """Load the model, or take over a loaded one, and allocate its cache; raises `loader.LoadError`, one line.
+
+        `own_process`: nothing else is in this one, which ends when the process of another rank does.
+        """
         began = time.perf_counter()
-        self._team = None if config.tensor_parallel == 1 else _start_team(config)
+        self._team = None if config.tensor_parallel == 1 else _start_team(config, own_process)
         self.config = config = config if self._team is None else self._team.config
         try:
             self.model: LoadedModel = load(config, progress) if model is None else model

@@ -5,21 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from tokenmill.engine.grammar import GrammarCompiler, GrammarError, Matcher
 from tokenmill.engine.request import Sequence
 from tokenmill.engine.sampling_params import Grammar
 
 COMPILE_SECONDS = 10.0
+MOST_A_LOOK_S = 1.0
+"""What one look adds at the most: a machine that slept meanwhile doesn't make a grammar a slow one."""
 
 
-class Compiling(NamedTuple):
-    """A grammar on its way, and by when it must be here (monotonic seconds)."""
+@dataclass
+class Compiling:
+    """A grammar on its way."""
 
     grammar: Grammar
     matcher: Future[Matcher]
-    deadline: float
+    looked: float
+    """When it was last seen that it isn't here yet, by the monotonic clock."""
+    spent_s: float = 0.0
+    """How long a compiler has been at it; the wait for one isn't the grammar's fault."""
+
+    def is_late(self, now: float) -> bool:
+        """Look again; whether it has taken too long."""
+        if self.matcher.running():
+            self.spent_s += min(now - self.looked, MOST_A_LOOK_S)
+        self.looked = now
+        return self.spent_s > COMPILE_SECONDS
 
 
 class GrammarQueue:
@@ -34,8 +47,7 @@ class GrammarQueue:
 
     def add(self, first: Sequence, grammar: Grammar) -> None:
         """Begin to compile a request's grammar."""
-        deadline = time.monotonic() + COMPILE_SECONDS
-        self._waiting[first] = Compiling(grammar, self._compiler.compile(grammar), deadline)
+        self._waiting[first] = Compiling(grammar, self._compiler.compile(grammar), time.monotonic())
 
     def take(self, first: Sequence) -> Compiling | None:
         """Forget a sequence; what it waited for, where it waited."""
@@ -58,9 +70,9 @@ class GrammarQueue:
                 if error is None:
                     self._start(first, compiling)
                 yield first, error
-            elif time.monotonic() > compiling.deadline:
+            elif compiling.is_late(time.monotonic()):
                 del self._waiting[first]
-                yield first, GrammarError(f"the grammar took longer than {COMPILE_SECONDS} s to compile")
+                yield first, GrammarError(f"the grammar took longer than {COMPILE_SECONDS:g} s to compile")
 
     def _start(self, first: Sequence, compiling: Compiling) -> None:
         matcher = compiling.matcher.result()

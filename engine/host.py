@@ -121,7 +121,11 @@ class Host:
             from tokenmill.engine.loader import LoadError
 
             try:
-                engine = Engine(start.config, lambda stage, done: self._outbox.put(Loading(stage, done)))
+                engine = Engine(
+                    start.config,
+                    lambda stage, done: self._outbox.put(Loading(stage, done)),
+                    own_process=True,
+                )
             except LoadError as error:
                 self._outbox.put(LoadFailed(str(error)))
                 return None

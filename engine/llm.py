@@ -80,7 +80,9 @@ class LLM:
 
         One `params` serves all prompts, or give one each. `predictions`, one for each prompt, are outputs that
         you expect: they make the decoding quicker where they are right and change nothing else. `progress` None
-        shows a bar on a terminal. Raises `engine.InvalidRequest` when a prompt or setting doesn't fit the model.
+        shows a bar on a terminal. Raises `engine.InvalidRequest` when a prompt or setting doesn't fit the model, and
+        `rank_link.RanksLost` when a process of `tensor_parallel` has ended: close this one, then. (On GPUs such an end
+        also ends this process.)
         """
         batch = _as_batch(prompts)
         settings = _spread(params, len(batch))

@@ -8,8 +8,8 @@ Only rank 0 schedules and samples. The others learn of a step by a message from 
 kernels at the same time; token ids that rank 0 has on its device alone are sent from device to device. So a step
 may be launched before the last one's tokens are read, as on one GPU.
 
-An exception in the middle of a step leaves the others waiting in a sum that never comes: it ends the model's
-processes, and the front end starts them again. Decode steps aren't captured in CUDA graphs.
+An exception in the middle of a step leaves the others waiting in a sum that never comes: the model is lost
+(`RanksLost`). It ends its processes, and the front end starts them again. Decode steps aren't captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tokenmill.engine.input_batch import StepInputs, block_pairs
 from tokenmill.engine.kernel_set import Product, ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.rank_link import RanksLost, RankStep
+from tokenmill.engine.rank_link import NoRoom, RanksLost, RankStep
 from tokenmill.engine.ranks import Ranks
 from tokenmill.engine.scheduler import Step
 from tokenmill.engine.shard import Share, shard
@@ -132,7 +132,7 @@ class ParallelForward(PagedForward):
             blocks, reason = 0, str(error)
         blocks = self._ranks.least(blocks)
         if not blocks:
-            raise MemoryError(reason)
+            raise NoRoom(reason)
         return blocks
 
     @property

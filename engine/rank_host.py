@@ -18,17 +18,14 @@ import signal
 import socket
 import sys
 import threading
-import time
 from pathlib import Path
 
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
 from tokenmill.engine.load_error import LoadError, first_line
-from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, RankStep
+from tokenmill.engine.rank_link import Begin, Failed, Link, Loaded, Meet, NoRoom, RankStep
 
 logger = logging.getLogger("tokenmill.engine")
-GIVE_UP_S = 30.0
-"""How long a rank without room for a cache leaves it to rank 0 to say so and to end all."""
 
 
 class RankHost:
@@ -53,9 +50,8 @@ class RankHost:
             self._follow(begin)
         except LoadError as error:
             self._say(str(error))
-        except MemoryError as error:  # every rank's: rank 0 says it, and closing its socket ends this process
-            time.sleep(GIVE_UP_S)
-            self._say(str(error))
+        except NoRoom:  # rank 0 has it as well: closing its socket, however late, ends this process
+            threading.Event().wait()
         except Exception as error:
             logger.exception("rank %d of %s failed", begin.rank, begin.config.source)
             self._say(

@@ -27,6 +27,10 @@ class RanksLost(RuntimeError):
     """The ranks are no longer in step with each other: only a new start helps."""
 
 
+class NoRoom(MemoryError):
+    """Some rank has no room for a KV cache. All of them know, and rank 0 says so."""
+
+
 class Begin(msgspec.Struct, tag=True, array_like=True):
     """The first message: load this rank's part of a model, and meet the others at `rendezvous`, a file."""
 

@@ -7,8 +7,10 @@
                          ───────Meet──────▶
        └──────────── meet, profile, allocate: in step with each other from here on ────────────┘
 
-A process whose socket closes ends itself, so none outlives rank 0. When another one ends unasked, rank 0's ends
-too, at once: it may be waiting on the device for a sum that never comes, and who watches it starts all anew.
+A process whose socket closes ends itself, so none outlives rank 0. When another one ends unasked, the model is lost.
+An engine process ends then, at once: who watches it starts all anew. A process that is somebody's own goes on where
+it can: gloo sees the closed connection and the step raises `RanksLost`. On GPUs, it may wait on the device for a sum
+that never comes, which nothing interrupts; so it ends there, too.
 """
 
 from __future__ import annotations
@@ -41,20 +43,24 @@ from tokenmill.kernels.cpu.library import default_threads
 logger = logging.getLogger("tokenmill.engine")
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "tokenmill.engine.rank_host")
 LOST_A_RANK = 3
-"""Exit code of an engine process that ends because another rank did."""
+"""Exit code of a process that ends because another rank did."""
 
 
 class Team:
     """The ranks of one model; a process has one team at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start the other ranks' processes, which import what they need; raises LoadError."""
+    def __init__(self, config: EngineConfig, own_process: bool = False) -> None:
+        """Start the other ranks' processes, which import what they need; raises LoadError.
+
+        `own_process`: nothing else is in this one, which ends when another rank's does.
+        """
         if taken():
             raise LoadError(
                 f"{config.source}: this process has a model with tensor_parallel already; close that first"
             )
         self._configs = configs_of_ranks(config)
         self._source = config.source
+        self._ends = own_process or self.config.device != "cpu"
         self._in_turn = False
         self._closing = threading.Event()
         self._links: list[Link] = []
@@ -119,7 +125,10 @@ class Team:
                 raise LoadError(f"{self._source}: the process of rank {rank} ended while it loaded")
         self._tell(Meet())
         watch = threading.Thread(
-            target=_watch, args=(self._closing, self._links, self._source), name="ranks", daemon=True
+            target=_watch,
+            args=(self._closing, self._links, self._source, self._ends),
+            name="ranks",
+            daemon=True,
         )
         watch.start()
 
@@ -169,16 +178,17 @@ def _devices(config: EngineConfig) -> list[str]:
     return [f"cuda:{rank}" for rank in range(size)]
 
 
-def _watch(closing: threading.Event, links: list[Link], source: str) -> None:
-    """End this process when another rank's does, unless it was told to."""
+def _watch(closing: threading.Event, links: list[Link], source: str, ends: bool) -> None:
+    """Tell when another rank's process has ended without being told to, and let this one end if it `ends`."""
     gone, _, _ = select.select(links, [], [])
     if closing.is_set():
         return
     message = gone[0].receive()
     reason = f" ({message.reason})" if isinstance(message, Failed) else ""
-    logger.error("%s: rank %d has ended%s: so does the engine", source, links.index(gone[0]) + 1, reason)
-    logging.shutdown()
-    os._exit(LOST_A_RANK)
+    logger.error("%s: rank %d has ended%s: the model is lost", source, links.index(gone[0]) + 1, reason)
+    if ends:
+        logging.shutdown()
+        os._exit(LOST_A_RANK)
 
 
 def _end(

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGI
         return bench.main(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
     try:
-        with interruptible():
-            return serve(options, engine_command)
-    except KeyboardInterrupt:
-        return 0
+        return serve(options, engine_command)
     except (ConfigError, StartError) as error:
         print(f"tokenmill: {error}", file=sys.stderr)
         return 1
@@ -122,6 +119,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
     """`tokenmill serve`: listen, start the engines, then read the web framework and serve until a signal."""
+    processes: dict[str, EngineProcess] = {}
+    with called_off(processes):
+        try:
+            return _serve(options, engine_command, processes)
+        finally:
+            for process in processes.values():
+                process.kill()
+
+
+def _serve(
+    options: argparse.Namespace, engine_command: Sequence[str], processes: dict[str, EngineProcess]
+) -> int:
     begun = time.monotonic()
     config = make_config(options)
     listener = listen(config.server.host, config.server.port)
@@ -135,29 +144,31 @@ def serve(options: argparse.Namespace, engine_command: Sequence[str]) -> int:
     address = listener.getsockname()
     url = _url(config.server.host, address[1])
     plan = make_plan(config)
-    processes = _spawn(config, engine_command)
+    processes.update(_spawn(config, engine_command))
     logger.info("starting on %s with %s", url, ", ".join(plan.engines))
     if not keys and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         how = f"; {config.server.api_keys_env} sets some" if config.server.api_keys_env else ""
         logger.warning("no API key is asked for: whoever reaches %s may use it%s", url, how)
     console = Console(url, begun, with_key=bool(keys))
-    try:
-        return _run(config, (keys, admin_keys), listener, console, processes, engine_command)
-    finally:
-        for process in processes.values():
-            process.kill()
+    return _run(config, (keys, admin_keys), listener, console, processes, engine_command)
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it, whatever asks the process to end raises KeyboardInterrupt, so that a start which is called off
-    leaves no engine and no traceback. A server that runs takes the signals itself (`lifecycle.py`)."""
+def called_off(processes: Mapping[str, EngineProcess]) -> Iterator[None]:
+    """Within it, whatever asks the process to end does so at once, and ends these processes with it.
 
-    def interrupt(number: int, frame: object) -> None:
-        # Not Python's own handler, which asyncio would replace by one that cancels tasks.
-        raise KeyboardInterrupt
+    No exception does: it would be raised anywhere, and what is not Python's own (pydantic's core, callbacks of the
+    event loop) turns such a one into another or drops it. A server that runs takes the signals itself
+    (`lifecycle.py`).
+    """
 
-    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
+    def end(number: int, frame: object) -> None:
+        for process in processes.values():
+            process.kill()
+        logging.shutdown()
+        os._exit(0)
+
+    before = {number: signal.signal(number, end) for number in stop_signals()}
     try:
         yield
     finally:

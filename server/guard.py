@@ -33,7 +33,7 @@ class Guard:
         self._task = task
         self._open = True
         left = max(0.0, self._deadline - time.monotonic())
-        self._timer = loop.call_later(left, lambda: self.interrupt(self._timed_out))
+        self._timer = loop.call_later(left, self.late)
         self._listener = loop.create_task(self._listen())
         return self
 
@@ -47,6 +47,10 @@ class Guard:
             self._task.uncancel()
             if kind is asyncio.CancelledError:
                 raise self._error from None
+
+    def late(self) -> None:
+        """The deadline has passed."""
+        self.interrupt(self._timed_out)
 
     def interrupt(self, error: Exception) -> None:
         """End the block with this error. Only the first one counts.

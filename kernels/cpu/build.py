@@ -26,7 +26,7 @@ OPTIONS = (
     # Products round unless the source says `fma`: the same bits from every template and loop.
     "-ffp-contract=off",
 )
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 ROOM = 32 << 20
 """Free bytes that a build asks for, its objects included: a full disk is seen before the compiler runs."""
 

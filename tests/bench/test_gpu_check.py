@@ -103,7 +103,7 @@ def test_without_the_engines_packages_the_kernels_run_alone(
 
 
 def make_check(folder: Path) -> gpu_runner.Check:
-    return gpu_runner.Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(folder / "found.jsonl"))
+    return gpu_runner.Check(torch.device("cpu"), rehearsal(), 1000, 0, Journal(folder / "found.jsonl"))
 
 
 def test_a_part_that_raises_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,13 +138,14 @@ from tokenmill.bench.gpu_runner import Check
 import os, time
 
 def die(): os.kill(os.getpid(), 11)
-def hang(): time.sleep(60)
+def hang(): time.sleep(600)
 def lose(): raise torch.AcceleratorError("an illegal memory access was encountered")
 def work(): pass
-check = Check(torch.device("cpu"), rehearsal(), 100, 0, Journal(Path(sys.argv[1])), own_process=True)
+check = Check(torch.device("cpu"), rehearsal(), 1000, 0, Journal(Path(sys.argv[1])), own_process=True)
 check.attempt("setting up", work, again=True)
 for name in sys.argv[2:]:
-    check.attempt(name, dict(die=die, hang=hang, lose=lose)[name.split()[0]] if name != "work" else work, limit=1)
+    part = dict(die=die, hang=hang, lose=lose, work=work)[name.split()[0]]
+    check.attempt(name, part, limit=1 if part is hang else 100)
 """
 
 
@@ -153,7 +154,7 @@ def run_parts(folder: Path, *parts: str) -> Findings:
     command: Callable[[float], list[str]] = lambda seconds: [  # noqa: E731
         sys.executable, "-c", PARTS, str(journal.file), *parts,
     ]  # fmt: skip
-    gpu_runner.supervise("section", command, journal, 100)
+    gpu_runner.supervise("section", command, journal, 1000)
     return Findings.read(journal)
 
 
@@ -201,7 +202,7 @@ def group(name):
 
 torch.cuda.synchronize = synchronize
 gpu = torch.device("cuda", 0)
-check = Check(gpu, rehearsal(), 100, 0, Journal(Path(sys.argv[1])), own_process=True)
+check = Check(gpu, rehearsal(), 1000, 0, Journal(Path(sys.argv[1])), own_process=True)
 for name in ("wild", "next", "last"):
     check.attempt(name, lambda: gpu_correct._check_group(check, group(name)))
 """
@@ -211,7 +212,7 @@ def test_a_wild_kernel_takes_no_other_group_along(tmp_path: Path) -> None:
     """Its error comes wrapped and without a type of its own; the GPU is gone for this process all the same."""
     journal = Journal(tmp_path / "found.jsonl")
     command = [sys.executable, "-c", WRAPPED, str(journal.file)]
-    gpu_runner.supervise("kernels", lambda _: command, journal, 100)
+    gpu_runner.supervise("kernels", lambda _: command, journal, 1000)
     found = Findings.read(journal)
     assert [failure.partition(":")[0] for failure in found.failures] == ["wild"]
     assert set(found.seconds) == {"wild", "next", "last"}
@@ -221,7 +222,7 @@ def test_a_section_past_its_time_is_killed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_runner, "RESERVE_S", 0.0)
     journal = Journal(tmp_path / "found.jsonl")
     gpu_runner.supervise(
-        "slow", lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], journal, 0.5
+        "slow", lambda _: [sys.executable, "-c", "import time; time.sleep(600)"], journal, 0.5
     )
     assert Findings.read(journal).failures == [
         "slow: its process took too long and was killed (the output says where it stood)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 from fake_openai import FakeServer
@@ -16,7 +17,7 @@ PATH = "/v1/completions"
 
 
 def ask(
-    server: FakeServer, count: int = 1, path: str = PATH, timeout: float = 20.0, tokens: int = 5
+    server: FakeServer, count: int = 1, path: str = PATH, timeout: float = 120.0, tokens: int = 5
 ) -> list[Reply]:
     """The replies to `count` requests, one after the other, on one client."""
 
@@ -106,13 +107,9 @@ def test_a_server_that_never_answers_runs_into_the_timeout() -> None:
 
 
 def test_nobody_there_is_an_error() -> None:
-    async def talk() -> Reply:
-        server = FakeServer()
-        async with server.running():
-            url = server.url
-        return await Client(url).stream(PATH, b"{}")
-
-    reply = asyncio.run(talk())
+    with socket.socket() as deaf:  # its port is nobody else's, and it doesn't listen
+        deaf.bind(("127.0.0.1", 0))
+        reply = asyncio.run(Client(f"http://127.0.0.1:{deaf.getsockname()[1]}").stream(PATH, b"{}"))
     assert reply.error is not None
     assert reply.error.startswith("http://127.0.0.1:")
 

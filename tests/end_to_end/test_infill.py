@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
 from server_process import TINY, Server
 
 CODE = "def add(a, b):\n    return a + b\n\n" * 8
@@ -12,7 +11,7 @@ CODE = "def add(a, b):\n    return a + b\n\n" * 8
 
 def infill(server: Server, **fields: Any) -> dict[str, Any]:
     body = {"model": TINY, "input_prefix": CODE, "n_predict": 4, "temperature": 0, **fields}
-    response = httpx.post(f"{server.url}/infill", json=body, timeout=60)
+    response = server.post("/infill", body)
     assert response.status_code == 200, response.text
     return dict(response.json())
 

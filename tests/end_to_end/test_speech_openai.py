@@ -6,18 +6,17 @@ import base64
 import io
 import os
 import signal
-import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import pytest
 import soundfile
 from server_process import Server, serving
+from waiting import eventually
 
 from tokenmill.engine.tiny import make_tiny
 from tokenmill.engine.tiny_speech import make_tiny_vits
@@ -117,10 +116,8 @@ def test_the_front_end_still_loads_no_torch(server: Server, client: openai.OpenA
 
 def speech_process(server: Server) -> int:
     """The process id of the server's only voice."""
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (voice,) = [x for x in children if b"speech_host" in Path(f"/proc/{x}/cmdline").read_bytes()]
-    return int(voice)
+    (voice,) = server.children("speech_host")
+    return voice
 
 
 def answers(client: openai.OpenAI) -> bool:
@@ -136,8 +133,5 @@ def answers(client: openai.OpenAI) -> bool:
 def test_a_killed_voice_comes_back_and_text_never_stopped(server: Server, client: openai.OpenAI) -> None:
     os.kill(speech_process(server), signal.SIGKILL)
     assert spoken(client, modalities=["text"]).content
-    deadline = time.monotonic() + 60
-    while not answers(client):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert httpx.get(f"{server.url}/health").json()["models"]["tiny/llama:speech"] == "loaded"
+    eventually(lambda: answers(client))
+    assert server.get("/health").json()["models"]["tiny/llama:speech"] == "loaded"

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_process import TINY, Server
+from waiting import PATIENCE_S
 
 CROWD = 4
 """Requests of one example."""
@@ -126,7 +127,10 @@ class Client:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as http, ThreadPoolExecutor(2 * CROWD) as threads:
+    with (
+        httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
+        ThreadPoolExecutor(2 * CROWD) as threads,
+    ):
         yield Client(http, threads)
 
 

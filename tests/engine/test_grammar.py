@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jsonschema
@@ -11,6 +13,7 @@ import pytest
 
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.grammar import CACHED, CACHED_CHARACTERS, MAX_DEPTH, GrammarCompiler, Matcher
+from tokenmill.engine.grammar_queue import GrammarQueue
 from tokenmill.engine.messages import Add
 from tokenmill.engine.sampling_params import Grammar
 from tokenmill.engine.tiny import make_tiny
@@ -158,6 +161,29 @@ def test_kept_grammars_are_bounded_by_their_text(llm: LLM) -> None:
         compiler.remember(Grammar("regex", str(number)), matcher)
     assert len(compiler._cache) == CACHED
     compiler.close()
+
+
+def test_only_the_time_that_a_compiler_takes_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the wait for one nor the time that the whole machine was asleep makes a grammar late."""
+    future: Future[Matcher] = Future()
+    queue = GrammarQueue(SimpleNamespace(compile=lambda grammar: future))  # type: ignore[arg-type]
+    queue.add("the first", Grammar("regex", "a"))  # type: ignore[arg-type]
+    now = time.monotonic()
+
+    def look(later_s: float) -> list[str]:
+        nonlocal now
+        now += later_s
+        with monkeypatch.context() as clock:
+            clock.setattr(time, "monotonic", lambda: now)
+            return [str(error) for _, error in queue.ready(0)]
+
+    assert look(100) == []
+    future.set_running_or_notify_cancel()
+    assert look(100) == []
+    for _ in range(9):
+        assert look(1) == []
+    assert look(1) == ["the grammar took longer than 10 s to compile"]
+    assert not queue
 
 
 def test_a_grammar_under_way_can_be_aborted(llm: LLM) -> None:

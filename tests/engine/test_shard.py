@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import tiny
 from torch import Tensor
+from waiting import PATIENCE_S
 
 from tokenmill.engine import attention, decoder_spec, guards, loader
 from tokenmill.engine.config import EngineConfig
@@ -37,7 +38,7 @@ class Meeting:
     def __init__(self, size: int) -> None:
         self.size = size
         self.brought: list[Tensor] = [torch.empty(0)] * size
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=PATIENCE_S)
 
 
 class Seat:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from tokenmill.engine import speech_host
 from tokenmill.engine.config import SpeechConfig
@@ -60,7 +61,7 @@ class Process:
         """Close the socket; the process' exit code."""
         self._stream.close()
         self.connection.close()
-        return self.child.wait(timeout=20)
+        return self.child.wait(timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

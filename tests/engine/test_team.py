@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import tiny
+from waiting import alive, eventually
 
 from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.config import EngineConfig, KVCacheConfig
 from tokenmill.engine.load_error import LoadError
+from tokenmill.engine.rank_link import RanksLost
 from tokenmill.engine.team import Team, configs_of_ranks
 
 
@@ -76,16 +80,41 @@ def test_a_cache_of_so_many_gib_is_that_of_all_ranks_together() -> None:
 
 
 def test_no_room_on_any_rank_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However late rank 0 is: what the other rank finds at the same time doesn't end this process."""
-    close = Team.close
+    """However late rank 0 says so: the other rank, which finds the same, waits for that."""
+    close, waited = Team.close, []
 
     def late(team: Team) -> None:
         time.sleep(0.5)
+        waited.extend(child.poll() is None for child in team._children)
         close(team)
 
     monkeypatch.setattr(Team, "close", late)
     with pytest.raises(MemoryError, match="no room for a KV cache"):
         open_llm("llama", 2, num_blocks=None, kv_cache=KVCacheConfig(gib=1e-6))
+    assert waited == [True]
+
+
+@pytest.mark.parametrize("within_a_step", [False, True])
+def test_a_lost_rank_is_an_error_in_a_process_of_ones_own(
+    within_a_step: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process lives on, and may open a model again."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    llm = open_llm("llama", 2)
+    wanted = llm.generate([[5, 6]], params)[0].choices[0].token_ids
+    (child,) = llm.engine._team._children  # type: ignore[union-attr]
+    if within_a_step:
+        child.send_signal(signal.SIGSTOP)  # it takes no part in a sum, and rank 0 waits for it
+        threading.Timer(0.3, child.kill).start()
+    else:
+        child.kill()
+        eventually(lambda: "rank 1 has ended: the model is lost" in caplog.text)
+    with pytest.raises(RanksLost):
+        llm.generate([[5, 6]], params)
+    llm.close()
+    again = open_llm("llama", 2)
+    assert again.generate([[5, 6]], params)[0].choices[0].token_ids == wanted
+    again.close()
 
 
 def test_a_part_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +189,6 @@ def test_a_rank_that_fails_while_loading_says_why(
         open_llm("llama", 2)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs: not ended, and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_ranks_end_with_the_engine_however_it_ends() -> None:
     """Rank 0 is killed; nobody tells the other one but the closed socket."""
     script = (
@@ -186,10 +207,7 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
     assert alive(int(pid))
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while alive(int(pid)) or os.path.exists(folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    eventually(lambda: not alive(int(pid)) and not os.path.exists(folder))
 
 
 def test_a_closed_team_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

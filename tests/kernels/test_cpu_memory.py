@@ -37,6 +37,7 @@ def test_touched_memory_keeps_its_content_and_faults_no_more() -> None:
         pytest.skip("this kernel is older than madvise's populate (Linux 5.14)")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     pages[1:] = 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 8
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 8 * MIB // resource.getpagesize() // 4, "those of torch's own threads, at the most"
     assert pages[0] == 0
     assert torch.equal(memory.zeros(0), torch.zeros(0, dtype=torch.uint8))

@@ -1,7 +1,8 @@
 """A scripted engine process that says what its prompt tells it to, for chats. Run like `fake_engine.py`.
 
 The last «…» of the prompt is the script: choice i says the i-th of its parts, which ||| separates, token by
-token, and ends. «PROMPT» says the prompt itself, «GRAMMAR» the grammar that it was given, «NOTHING» nothing.
+token, and ends. «PROMPT» says the prompt itself, «GRAMMAR» the grammar that it was given, «NOTHING» nothing; after
+HOLD nothing more is said, and no end comes.
 Its tokenizer has the markers of calls and thoughts: those in `SPECIAL` are special tokens.
 """
 
@@ -66,10 +67,12 @@ def script(add: Add, choice: int) -> list[int]:
 class ScriptedSequence(Sequence):
     """One choice that says its script."""
 
-    def step(self, eos_after: int) -> Delta:
-        """One token more."""
+    def step(self, eos_after: int) -> Delta | None:
+        """One token more; None from HOLD on."""
         params, position = self.add.params, len(self.made)
         said = script(self.add, self.choice)
+        if LIBRARY.decode(self.made).endswith("HOLD"):
+            return None
         token = said[position] if position < len(said) else EOS
         delta = Delta(self.add.request, self.choice, [token])
         self.made.append(token)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chat_live import CHAT_ENGINE, CONFIG
-from live_server import MODEL, ONE_MODEL, LiveServer, eventually
+from live_server import MODEL, ONE_MODEL, LiveServer
+from waiting import eventually
 
 from tokenmill.server.config_file import parse_config
+from tokenmill.server.guard import Guard
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +19,20 @@ def server() -> Iterator[LiveServer]:
     with LiveServer(parse_config(ONE_MODEL)) as live:
         eventually(lambda: live.client.get("/health").json()["models"] == {MODEL: "loaded"})
         yield live
+
+
+@pytest.fixture
+def guards(monkeypatch: pytest.MonkeyPatch) -> list[Guard]:
+    """Those of all requests from now on: `live.call(guard.late)` makes a deadline pass when a test wants it."""
+    entered: list[Guard] = []
+    enter = Guard.__aenter__
+
+    async def remember(guard: Guard) -> Guard:
+        entered.append(guard)
+        return await enter(guard)
+
+    monkeypatch.setattr(Guard, "__aenter__", remember)
+    return entered
 
 
 @pytest.fixture

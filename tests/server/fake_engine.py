@@ -120,8 +120,8 @@ class Sequence:
             return "nothing can follow"
         return None
 
-    def step(self, eos_after: int) -> Delta:
-        """One token more."""
+    def step(self, eos_after: int) -> Delta | None:
+        """One token more; None while there is none."""
         params, position = self.add.params, len(self.made)
         prompt = self.add.prompt
         token = next_token(prompt, self.made, params.seed or 0, self.choice if params.temperature else 0)
@@ -178,7 +178,10 @@ class FakeEngine:
         self.muted = False
 
     def send(self, message: FromEngine) -> None:
-        self.connection.sendall(encode_frame(message))
+        try:
+            self.connection.sendall(encode_frame(message))
+        except OSError:
+            os._exit(0)
 
     def run(self) -> None:
         stream = self.connection.makefile("rb")
@@ -272,15 +275,17 @@ class FakeEngine:
     def step(self) -> list[Delta]:
         if self.muted:
             return []
-        deltas = []
+        deltas: list[Delta] = []
         eos_after = int(self.settings.get("eos_after", 0))
         for key, sequence in list(self.sequences.items())[: self.max_batch]:
             if "NANROW" in LIBRARY.decode(sequence.add.prompt) and len(sequence.made) == 3:
                 delta = Delta(*key, [], finish="error", error="NaN in the logits of /secret/path")
             elif sequence.grammar_error is not None:
                 delta = Delta(*key, [], finish="error", error=sequence.grammar_error, invalid=True)
+            elif (step := sequence.step(eos_after)) is not None:
+                delta = step
             else:
-                delta = sequence.step(eos_after)
+                continue
             self.generated += len(delta.token_ids)
             if delta.finish is not None:
                 del self.sequences[key]

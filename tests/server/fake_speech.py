@@ -13,6 +13,8 @@ import argparse
 import os
 import signal
 import socket
+import threading
+import time
 from typing import BinaryIO
 
 import msgspec
@@ -42,9 +44,19 @@ class FakeSpeech:
         self.first: dict[int, Say] = {}
         self.texts: dict[int, str] = {}
         self.hushed = 0
+        self.lock = threading.Lock()
 
     def send(self, message: msgspec.Struct) -> None:
-        self.connection.sendall(encode_frame(message))
+        try:
+            with self.lock:
+                self.connection.sendall(encode_frame(message))
+        except OSError:
+            os._exit(0)
+
+    def beat(self) -> None:
+        while True:
+            self.send(Alive())
+            time.sleep(0.5)
 
     def run(self) -> None:
         stream = self.connection.makefile("rb")
@@ -63,13 +75,13 @@ class FakeSpeech:
                 description="a toy that spells",
             )
         )
+        threading.Thread(target=self.beat, daemon=True).start()
         while True:
             message = self.receive(stream)
             if isinstance(message, Say):
                 self.say(message)
             elif isinstance(message, Hush):
                 self.hushed += 1
-            self.send(Alive())
 
     def receive(self, stream: BinaryIO) -> object:
         header = stream.read(HEADER.size)

@@ -8,16 +8,19 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, ONE_MODEL, LiveServer, eventually
+from live_server import MODEL, ONE_MODEL, LiveServer
+from waiting import PATIENCE_S, eventually
+
+from tokenmill.server.model import Model
 
 Start = Callable[..., LiveServer]
 ADMIN = {"authorization": "Bearer boss"}
 CONFIG = 'models: {toy/echo: {source: "fake:step_s=0.005", max_context: 20000}}'
-SLOW_LOAD = 'models: {toy/echo: {source: "fake:load_s=0.6"}}'
 
 
 @pytest.fixture
@@ -26,18 +29,29 @@ def live(start: Start) -> LiveServer:
     return start(CONFIG, admin_keys=("boss",))
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Model]:
+    """Models that were ordered to be loaded, each as the order begins to wait."""
+    begun: list[Model] = []
+    load = Model.load
+
+    async def remember(model: Model) -> None:
+        begun.append(model)
+        await load(model)
+
+    monkeypatch.setattr(Model, "load", remember)
+    return begun
+
+
 def order(server: LiveServer, what: str, name: str = MODEL, **options: Any) -> httpx.Response:
     """`POST /v1/models/{name}/load` or `/unload`."""
-    return httpx.post(f"{server.url}/v1/models/{name}/{what}", **{"headers": ADMIN, "timeout": 30, **options})
+    return httpx.post(
+        f"{server.url}/v1/models/{name}/{what}", **{"headers": ADMIN, "timeout": PATIENCE_S, **options}
+    )
 
 
 def status(server: LiveServer) -> str:
     return str(server.client.get("/health").json()["models"][MODEL])
-
-
-def process_id(server: LiveServer) -> int | None:
-    (model,) = server.registry
-    return None if model._process is None else model._process.pid
 
 
 def in_background(call: Callable[[], httpx.Response]) -> Future[httpx.Response]:
@@ -50,7 +64,7 @@ def in_background(call: Callable[[], httpx.Response]) -> Future[httpx.Response]:
 def test_unload_and_load(live: LiveServer) -> None:
     before = live.canary()
     row = live.client.get(f"/v1/models/{MODEL}").json()
-    pid = process_id(live)
+    pid = live.pid
     assert pid is not None
     for _ in range(2):
         answer = order(live, "unload")
@@ -64,7 +78,7 @@ def test_unload_and_load(live: LiveServer) -> None:
     assert f"POST /v1/models/{MODEL}/load" in refused.json()["error"]["message"]
     assert refused.headers["x-should-retry"] == "false"
     assert live.client.post("/tokenize", json={"prompt": "abc"}).status_code == 503
-    assert (process_id(live), status(live)) == (None, "unloaded"), "a request must not load it"
+    assert (live.pid, status(live)) == (None, "unloaded"), "a request must not load it"
     for _ in range(2):
         answer = order(live, "load")
         assert (answer.status_code, answer.json()) == (200, row)
@@ -117,56 +131,65 @@ def test_deployments_and_aliases_stand_for_their_entry(start: Start, name: str) 
 
 def test_running_requests_are_finished_first(live: LiveServer) -> None:
     live.canary()
-    running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
-    eventually(lambda: live.registry.unanswered == 1)
-    unloading = in_background(lambda: order(live, "unload"))
-    eventually(lambda: status(live) == "unloaded")
-    assert not running.done()
-    assert live.complete(prompt="abc").status_code == 503
-    assert unloading.result(20).json()["status"] == "unloaded"
-    assert running.done(), "the unload must not be over before the request is"
-    assert running.result().json()["choices"][0]["text"] == ("abc" * 34)[:100]
+    with live.paused():
+        running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
+        eventually(lambda: live.registry.unanswered == 1)
+        unloading = in_background(lambda: order(live, "unload"))
+        eventually(lambda: status(live) == "unloaded")
+        assert live.complete(prompt="abc").status_code == 503
+        assert not running.done()
+        assert not unloading.done(), "it must not be over before the request is"
+    assert unloading.result(PATIENCE_S).json()["status"] == "unloaded"
+    assert running.result(PATIENCE_S).json()["choices"][0]["text"] == ("abc" * 34)[:100]
 
 
 def test_lazy_model_is_loaded_again_by_a_request(start: Start) -> None:
     live = start('models: {toy/echo: {source: "fake:step_s=0.005", load: lazy}}', admin_keys=("boss",))
     assert order(live, "unload").json()["status"] == "unloaded", "nothing to do"
     before = live.canary()
-    running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
-    eventually(lambda: live.registry.unanswered == 1)
-    first = process_id(live)
-    unloading = in_background(lambda: order(live, "unload"))
-    eventually(lambda: status(live) == "unloaded")
-    assert live.client.get("/health").status_code == 200, "it is loaded when it is asked for"
-    assert live.canary() == before, "this waits for the old process to go and the new one to come"
-    assert running.result(20).is_success
-    assert unloading.result(20).is_success
-    assert process_id(live) != first
+    first = live.pid
+    with live.paused():
+        running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
+        eventually(lambda: live.registry.unanswered == 1)
+        unloading = in_background(lambda: order(live, "unload"))
+        eventually(lambda: status(live) == "unloaded")
+        assert live.client.get("/health").status_code == 200, "it is loaded when it is asked for"
+        again = in_background(lambda: live.complete(prompt="abc", max_tokens=12, temperature=0))
+        eventually(lambda: live.registry.unanswered == 2)
+    assert again.result(PATIENCE_S).is_success, "this waits for the old process to go and the new one to come"
+    assert live.canary() == before
+    assert running.result(PATIENCE_S).is_success
+    assert unloading.result(PATIENCE_S).is_success
+    assert live.pid != first
 
 
 def test_load_while_it_unloads_comes_after(live: LiveServer) -> None:
     before = live.canary()
-    first = process_id(live)
-    running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
-    eventually(lambda: live.registry.unanswered == 1)
-    unloading = in_background(lambda: order(live, "unload"))
-    eventually(lambda: status(live) == "unloaded")
-    assert order(live, "load").json()["status"] == "loaded"
-    assert running.result(20).is_success
-    assert unloading.result(20).is_success
-    assert process_id(live) not in (None, first)
+    first = live.pid
+    with live.paused():
+        running = in_background(lambda: live.complete(prompt="abc", max_tokens=100, ignore_eos=True))
+        eventually(lambda: live.registry.unanswered == 1)
+        unloading = in_background(lambda: order(live, "unload"))
+        eventually(lambda: status(live) == "unloaded")
+        loading = in_background(lambda: order(live, "load"))
+        eventually(lambda: status(live) == "loading")
+    assert loading.result(PATIENCE_S).json()["status"] == "loaded"
+    assert running.result(PATIENCE_S).is_success
+    assert unloading.result(PATIENCE_S).is_success
+    assert live.pid not in (None, first)
     assert live.canary() == before
 
 
-def test_unload_while_it_loads(start: Start) -> None:
-    live = start(SLOW_LOAD, admin_keys=("boss",))
+def test_unload_while_it_loads(start: Start, tmp_path: Path, loads: list[Model]) -> None:
+    """The process that is unloaded would load for ever."""
+    live = start(ONE_MODEL, mode=f"hang_loading:{tmp_path / 'hung'}", admin_keys=("boss",))
     waiting = in_background(lambda: live.complete(prompt="abc"))
     loading = in_background(lambda: order(live, "load"))
-    eventually(lambda: live.registry.unanswered == 1)
-    time.sleep(0.1)
+    eventually((tmp_path / "hung").exists)
+    eventually(lambda: live.registry.unanswered == 1 and loads == [live.model])
     assert order(live, "unload").json()["status"] == "unloaded"
-    assert waiting.result(20).json()["error"]["code"] == "model_unloaded"
-    answer = loading.result(20)
+    assert waiting.result(PATIENCE_S).json()["error"]["code"] == "model_unloaded"
+    answer = loading.result(PATIENCE_S)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_unloaded")
     assert order(live, "load").is_success
     assert live.canary()
@@ -177,7 +200,7 @@ def test_unload_while_a_restart_is_due(live: LiveServer) -> None:
     assert live.complete(prompt="CRASH").status_code == 503
     assert order(live, "unload").json()["status"] == "unloaded"
     time.sleep(1.5)
-    assert (status(live), process_id(live)) == ("unloaded", None), "the restart must be off"
+    assert (status(live), live.pid) == ("unloaded", None), "the restart must be off"
     assert order(live, "load").json()["status"] == "loaded"
 
 
@@ -194,23 +217,24 @@ def test_crash_while_it_unloads(live: LiveServer) -> None:
     live.canary()
     running = in_background(lambda: live.complete(prompt="abc", max_tokens=10_000, ignore_eos=True))
     eventually(lambda: live.registry.unanswered == 1)
-    pid = process_id(live)
+    pid = live.pid
     assert pid is not None
     unloading = in_background(lambda: order(live, "unload"))
     eventually(lambda: status(live) == "unloaded")
     os.kill(pid, signal.SIGKILL)
-    assert running.result(20).status_code == 503
-    assert unloading.result(20).json()["status"] == "unloaded"
+    assert running.result(PATIENCE_S).status_code == 503
+    assert unloading.result(PATIENCE_S).json()["status"] == "unloaded"
     assert status(live) == "unloaded"
 
 
 def test_hang_while_it_unloads(start: Start) -> None:
     live = start("server: {watchdog_s: 2}\n" + CONFIG, admin_keys=("boss",))
-    live.canary()
-    hanging = in_background(lambda: live.complete(prompt="HANG"))
-    eventually(lambda: live.registry.unanswered == 1)
+    with live.unwatched():
+        live.canary()
+        hanging = in_background(lambda: live.complete(prompt="HANG"))
+        eventually(lambda: live.registry.unanswered == 1)
     assert order(live, "unload").json()["status"] == "unloaded"
-    assert hanging.result(20).status_code == 503
+    assert hanging.result(PATIENCE_S).status_code == 503
 
 
 def test_load_says_why_it_failed(start: Start) -> None:
@@ -222,14 +246,13 @@ def test_load_says_why_it_failed(start: Start) -> None:
     assert order(live, "unload").json()["status"] == "unloaded"
 
 
-def test_shutdown_ends_the_wait(start: Start) -> None:
-    live = start('models: {toy/echo: {source: "fake:load_s=20"}}', admin_keys=("boss",))
+def test_shutdown_ends_the_wait(start: Start, loads: list[Model]) -> None:
+    live = start('models: {toy/echo: {source: "fake:load_s=600"}}', admin_keys=("boss",))
     loading = in_background(lambda: order(live, "load"))
-    eventually(lambda: process_id(live) is not None)
-    time.sleep(0.2)
+    eventually(lambda: loads == [live.model])
     live._server.should_exit = True
     live._loop.call_soon_threadsafe(lambda: live._loop.create_task(live.registry.stop()))
-    assert loading.result(10).status_code == 503
+    assert loading.result(PATIENCE_S).status_code == 503
 
 
 def test_draining_server_takes_no_orders(live: LiveServer) -> None:
@@ -255,13 +278,13 @@ def test_any_order_of_events_leaves_it_able_to_serve(live: LiveServer) -> None:
         for _ in range(60):
             futures.append(pool.submit(dice.choices(events, [4, 4, 6, 1])[0]))
             time.sleep(dice.random() * 0.05)
-        answers = {future.result(60).status_code for future in futures}
+        answers = {future.result(PATIENCE_S).status_code for future in futures}
     assert answers <= {200, 409, 503}, answers
     assert order(live, "load").json()["status"] == "loaded"
     assert live.canary() == before
     eventually(live.is_idle)
     assert order(live, "unload").is_success
-    assert process_id(live) is None
+    assert live.pid is None
 
 
 # Access
@@ -297,7 +320,7 @@ def test_without_admin_keys_nobody_may(start: Start) -> None:
 
 def test_wrong_orders(live: LiveServer) -> None:
     assert order(live, "load", "toy/eco").status_code == 404
-    assert httpx.get(f"{live.url}/v1/models/{MODEL}/load").status_code == 404
+    assert live.client.get(f"/v1/models/{MODEL}/load").status_code == 404
     assert order(live, "load", json={}).is_success
     refused = order(live, "load", json={"wait": False})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "wait")

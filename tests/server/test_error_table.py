@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, LiveServer, eventually
+from live_server import MODEL, LiveServer
+from waiting import eventually
 
 ROUTES = (
     "/v1/completions",
@@ -110,30 +111,24 @@ def test_415(server: LiveServer, path: str) -> None:
 
 
 def test_429(start: Callable[..., LiveServer]) -> None:
-    text = 'server: {max_queue: 1}\nmodels: {a/b: {source: "fake:step_s=0.2", max_batch: 1}}'
+    text = 'server: {max_queue: 1}\nmodels: {a/b: {source: "fake:", max_batch: 1}}'
     server = start(text)
-    answers: list[httpx.Response] = []
-
-    async def flood() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            calls = [client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}) for _ in range(6)]
-            answers.extend(await asyncio.gather(*calls))
-
-    asyncio.run(flood())
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused
-    assert {answer.status_code for answer in answers} == {200, 429}
+    with ThreadPoolExecutor(6) as pool:
+        with server.paused():
+            calls = [pool.submit(server.complete, prompt="a", max_tokens=2) for _ in range(6)]
+            eventually(lambda: sum(call.done() for call in calls) == 4)
+            refused = [call.result() for call in calls if call.done()]
+        assert sorted(call.result().status_code for call in calls) == [200, 200, 429, 429, 429, 429]
     for answer in refused:
         check(answer, 429, "rate_limit_error", "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_499_is_only_in_the_log(start: Callable[..., LiveServer], caplog: pytest.LogCaptureFixture) -> None:
-    server = start('models: {a/b: {source: "fake:step_s=0.05"}}')
-    body = {"prompt": "a", "max_tokens": 100}
+    server = start('models: {a/b: {source: "fake:step_s=0.05", max_context: 20000}}')
     with caplog.at_level(logging.INFO):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        with server.open(prompt="a", max_tokens=10_000):
+            eventually(lambda: server.model.started == 1)
         eventually(lambda: any("/v1/completions 499 " in record.getMessage() for record in caplog.records))
     assert server.complete(prompt="a", max_tokens=1).status_code == 200
 
@@ -146,7 +141,7 @@ def test_500(server: LiveServer) -> None:
 
 
 def test_503(start: Callable[..., LiveServer]) -> None:
-    text = 'server: {load_wait_s: 0}\nmodels: {a/b: {source: "fake:load_s=5"}}'
+    text = 'server: {load_wait_s: 0}\nmodels: {a/b: {source: "fake:load_s=600"}}'
     server = start(text)
     for response in (server.complete(prompt="a"), server.client.post("/tokenize", json={"prompt": "a"})):
         check(response, 503, "service_unavailable_error", "model_loading")
@@ -154,8 +149,8 @@ def test_503(start: Callable[..., LiveServer]) -> None:
 
 
 def test_504(start: Callable[..., LiveServer]) -> None:
-    server = start('models: {a/b: {source: "fake:step_s=0.1"}}')
-    response = server.complete(prompt="a", max_tokens=200, inference_timeout=0.3)
+    server = start('models: {a/b: {source: "fake:step_s=0.1", max_context: 20000}}')
+    response = server.complete(prompt="a", max_tokens=10_000, inference_timeout=0.3)
     error = check(response, 504, "timeout_error", "timeout")
     assert error["param"] == "inference_timeout"
     assert response.headers["x-should-retry"] == "false"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,13 +14,17 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import MODEL, ONE_MODEL, LiveServer, events, eventually
+from live_server import HEAD, MODEL, ONE_MODEL, LiveServer, events
+from waiting import PATIENCE_S, eventually
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.messages import Loading
+from tokenmill.server.guard import Guard
+from tokenmill.server.model import Model
+from tokenmill.server.supervised import Rules
 
 Start = Callable[..., LiveServer]
-HEAD = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-)
+ADMIN = {"authorization": "Bearer boss"}
 SLOW = 'models: {toy/echo: {source: "fake:step_s=0.02", max_context: 20000}}'
 
 
@@ -29,18 +34,20 @@ def slow(start: Start) -> LiveServer:
     return start(SLOW)
 
 
-def engine_pid(server: LiveServer) -> int:
-    (model,) = server.registry
-    assert model._process is not None
-    return model._process.pid
+@pytest.fixture
+def far_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is down stays so until `load` is told to spare the pause."""
+    monkeypatch.setattr("tokenmill.server.supervised.FIRST_RESTART_S", 60.0)
+
+
+def load(server: LiveServer) -> bool:
+    """`POST /v1/models/…/load`, with the admin key `boss`; whether it is loaded."""
+    return server.client.post(f"/v1/models/{MODEL}/load", headers=ADMIN).is_success
 
 
 def open_stream(server: LiveServer, **fields: Any) -> socket.socket:
-    """A raw connection with a request on its way, for clients that misbehave."""
-    body = json.dumps({"prompt": "abc", "max_tokens": 10_000, **fields}).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(HEAD % len(body) + body)
-    return connection
+    """A connection with a long request on its way."""
+    return server.open(**{"prompt": "abc", "max_tokens": 10_000, **fields})
 
 
 @pytest.mark.parametrize(
@@ -51,10 +58,10 @@ def test_client_that_leaves_frees_everything(slow: LiveServer, fields: dict[str,
     before = slow.canary()
     clients = [open_stream(slow, **fields) for _ in range(10)]
     eventually(lambda: slow.registry.unanswered == 10)
-    eventually(lambda: all(model.stats is not None and model.stats.running >= 10 for model in slow.registry))
+    eventually(lambda: slow.model.stats is not None and slow.model.stats.running >= 10)
     for client in clients:
         client.close()
-    eventually(slow.is_idle, seconds=2)
+    eventually(slow.is_idle)
     assert slow.canary() == before
 
 
@@ -62,23 +69,24 @@ def test_client_that_leaves_the_queue(start: Start) -> None:
     """Row 21: before its first token."""
     live = start('models: {toy/echo: {source: "fake:step_s=0.02", max_context: 20000, max_batch: 1}}')
     first = open_stream(live)
-    eventually(lambda: next(iter(live.registry)).started == 1)
+    eventually(lambda: live.model.started == 1)
     waiting = [open_stream(live) for _ in range(5)]
-    eventually(lambda: next(iter(live.registry)).queued == 5)
+    eventually(lambda: live.model.queued == 5)
     for client in waiting:
         client.close()
-    eventually(lambda: next(iter(live.registry)).queued == 0, seconds=2)
+    eventually(lambda: live.model.queued == 0)
     first.close()
     eventually(live.is_idle)
     assert live.canary()
 
 
 def test_client_that_leaves_while_the_model_loads(start: Start) -> None:
-    live = start('models: {toy/echo: {source: "fake:load_s=0.5"}}')
+    live = start('models: {toy/echo: {source: "fake:load_s=600"}}')
     client = open_stream(live)
     eventually(lambda: live.registry.unanswered == 1)
     client.close()
-    eventually(lambda: live.registry.unanswered == 0, seconds=0.4)
+    eventually(lambda: live.registry.unanswered == 0)
+    assert live.model.status == "loading"
 
 
 def test_reader_that_stops_reading_is_aborted(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +98,10 @@ def test_reader_that_stops_reading_is_aborted(start: Start, monkeypatch: pytest.
     lazy.connect(("127.0.0.1", live.port))
     fields = {"prompt": "abc", "max_tokens": 5_000_000, "stream": True, "logprobs": True, "top_logprobs": 20}
     body = json.dumps(fields).encode()
-    lazy.sendall(HEAD % len(body) + body)
+    lazy.sendall(HEAD % (b"/v1/completions", len(body)) + body)
     eventually(lambda: live.registry.unanswered == 1)
     assert live.complete(prompt="abc", max_tokens=300).status_code == 200
-    eventually(live.is_idle, seconds=40)
+    eventually(live.is_idle)
     # What is left is the test's own connection.
     eventually(lambda: len(live._server.server_state.connections) == 1)
     lazy.close()
@@ -109,42 +117,50 @@ models: {toy/echo: {source: "fake:step_s=0.01", max_batch: 2}}
 """
     )
     live.canary()
+    eventually(live.is_idle)
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: live.complete(prompt="abc", max_tokens=60), range(12)))
-    codes = sorted(answer.status_code for answer in answers)
-    assert set(codes) == {200, 429}
-    assert codes.count(200) >= 4
-    for answer in answers:
-        if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1
-            assert answer.json()["error"]["code"] == "queue_full"
-        else:
-            assert len(answer.json()["choices"][0]["text"]) == 60
+        with live.paused():
+            calls = [pool.submit(live.complete, prompt="abc", max_tokens=60) for _ in range(12)]
+            eventually(lambda: sum(call.done() for call in calls) == 8)
+            refused = [call.result() for call in calls if call.done()]
+        answers = [call.result() for call in calls]
+    for answer in refused:
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "queue_full"
+    accepted = [answer for answer in answers if answer not in refused]
+    assert [len(answer.json()["choices"][0]["text"]) for answer in accepted] == [60] * 4
     assert live.canary()
 
 
 @pytest.mark.parametrize("name", ["inference_timeout", "timeout"])
 def test_deadline_of_a_running_request(slow: LiveServer, name: str) -> None:
     """Row 24, running."""
+    slow.canary()
     response = slow.complete(prompt="abc", max_tokens=10_000, **{name: "0.3"})
     assert response.status_code == 504
     assert response.headers["x-should-retry"] == "false"
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("timeout", name)
-    eventually(slow.is_idle, seconds=2)
+    eventually(slow.is_idle)
 
 
-def test_deadline_in_a_stream_is_the_error_event(slow: LiveServer) -> None:
+@pytest.mark.parametrize(("path", "gateway"), [("/v1/completions", False), ("/v4/beta/completions", True)])
+def test_deadline_in_a_stream_is_the_error_event(
+    slow: LiveServer, guards: list[Guard], path: str, gateway: bool
+) -> None:
     """Rows 24 and 32."""
-    for path, gateway in (("/v1/completions", False), ("/v4/beta/completions", True)):
-        body = {"prompt": "abc", "max_tokens": 10_000, "stream": True, "timeout": 0.3}
-        *parts, last = [json.loads(event) for event in events(slow.client.post(path, json=body))]
-        assert parts
-        assert all(part["choices"][0]["finish_reason"] is None for part in parts)
-        assert last["error"]["code"] == "timeout"
-        assert last["error"]["status_code"] == 504
-        assert last.get("choices") == ([] if gateway else None)
-    eventually(slow.is_idle, seconds=2)
+    body = {"prompt": "abc", "max_tokens": 10_000, "stream": True}
+    with slow.client.stream("POST", path, json=body) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        slow.call(guards[0].late)
+        *parts, last = [json.loads(line[6:]) for line in (first, *lines) if line]
+    assert all(part["choices"][0]["finish_reason"] is None for part in parts)
+    assert last["error"]["code"] == "timeout"
+    assert last["error"]["status_code"] == 504
+    assert last.get("choices") == ([] if gateway else None)
+    eventually(slow.is_idle)
 
 
 def test_deadline_in_the_queue(start: Start) -> None:
@@ -152,12 +168,12 @@ def test_deadline_in_the_queue(start: Start) -> None:
     live = start(
         'models: {toy/echo: {source: "fake:step_s=0.02", max_batch: 1, max_context: 20000, timeout_s: 0.5}}'
     )
-    holder = open_stream(live, timeout=30)
-    eventually(lambda: next(iter(live.registry)).started == 1)
+    holder = open_stream(live, timeout=600)
+    eventually(lambda: live.model.started == 1)
     assert live.complete(prompt="abc", stream=True).status_code == 504
     holder.close()
     eventually(live.is_idle)
-    assert live.canary()
+    assert live.complete(prompt="abc", timeout=600).is_success
 
 
 def test_sequence_larger_than_the_whole_cache(start: Start) -> None:
@@ -169,16 +185,19 @@ def test_sequence_larger_than_the_whole_cache(start: Start) -> None:
     assert live.complete(prompt=[0] * 60, max_tokens=4).status_code == 200
 
 
-def test_killed_engine(slow: LiveServer) -> None:
+@pytest.mark.usefixtures("far_restart")
+def test_killed_engine(start: Start) -> None:
     """Row 28: everyone hears of it at once, health is red, and it comes back."""
+    slow = start(SLOW, admin_keys=("boss",))
     before = slow.canary()
     stream = open_stream(slow, stream=True)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(slow.complete, prompt="abc", max_tokens=10_000) for _ in range(4)]
-        eventually(lambda: next(iter(slow.registry)).started == 5)
-        os.kill(engine_pid(slow), signal.SIGKILL)
+        eventually(lambda: slow.model.started == 5)
+        assert slow.pid is not None
+        os.kill(slow.pid, signal.SIGKILL)
         for answer in answers:
-            response = answer.result(timeout=5)
+            response = answer.result(timeout=PATIENCE_S)
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "engine_down"
     rest = b""
@@ -196,8 +215,10 @@ def test_killed_engine(slow: LiveServer) -> None:
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
     # The lost connection is known at once, its cause when the process has been collected.
-    eventually(lambda: "SIGKILL" in slow.client.get("/v1/models").json()["data"][0].get("reason", ""))
-    eventually(lambda: slow.client.get("/health").status_code == 200)
+    reason = "was ended by SIGKILL; restart in 60 s"
+    eventually(lambda: reason in slow.client.get("/v1/models").json()["data"][0].get("reason", ""))
+    assert load(slow)
+    assert slow.client.get("/health").status_code == 200
     assert slow.canary() == before
 
 
@@ -218,35 +239,44 @@ def test_engine_that_sends_garbage_is_restarted(start: Start) -> None:
     assert live.canary() == before
 
 
+@pytest.mark.usefixtures("far_restart")
 def test_hanging_engine_is_restarted_by_the_watchdog(start: Start) -> None:
     """Row 29."""
-    live = start("server: {watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", ""))
-    before = live.canary()
+    text = "server: {watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", "")
+    live = start(text, admin_keys=("boss",))
+    with live.unwatched():
+        before = live.canary()
     response = live.complete(prompt="HANG", max_tokens=5)
     assert response.status_code == 503
     assert live.client.get("/health").status_code == 503
-    eventually(lambda: live.client.get("/health").status_code == 200)
-    assert live.canary() == before
+    with live.unwatched():
+        assert load(live)
+        assert live.canary() == before
 
 
+@pytest.mark.usefixtures("far_restart")
 def test_engine_that_hangs_while_loading_is_restarted(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Row 29, before there is an engine to be silent. A request that waits for it gets its answer."""
-    live = start(
-        "server: {load_watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", ""),
-        mode=f"hang_loading:{tmp_path / 'hung'}",
-    )
+    hung = tmp_path / "hung"
+    text = "server: {load_watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", "")
+    live = start(text, mode=f"hang_loading:{hung}", admin_keys=("boss",))
     assert live.complete(prompt="abc", max_tokens=2).status_code == 503
     assert "silent for 2 s while loading; restart in" in caplog.text
-    eventually(lambda: live.client.get("/health").status_code == 200)
-    assert live.canary()
+    hung.touch()
+    with live.unwatched():
+        assert load(live)
+        assert live.canary()
 
 
-def test_reports_of_progress_put_the_watchdog_of_loading_off(start: Start) -> None:
-    """Three seconds of loading under a limit of two, with news all along."""
-    live = start('server: {load_watchdog_s: 2}\nmodels: {toy/echo: {source: "fake:load_s=3,news_s=0.5"}}')
-    assert live.complete(prompt="abc", max_tokens=2).status_code == 200
+def test_reports_of_progress_put_the_watchdog_of_loading_off() -> None:
+    model = Model(MODEL, EngineConfig(source="x"), Rules(load_watchdog_s=2))
+    for _ in range(5):
+        assert model._hang() is None, "one tick"
+        model.on_message(Loading("weights", 0.5))
+    assert model._hang() is None
+    assert model._hang() == "the engine was silent for 2 s while loading"
 
 
 def test_row_that_fails_fails_alone(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -310,7 +340,7 @@ def test_requests_wait_for_a_model_that_loads(start: Start) -> None:
 
 
 def test_loading_model_refuses_at_once_when_told_to(start: Start) -> None:
-    live = start('server: {load_wait_s: 0}\nmodels: {toy/echo: {source: "fake:load_s=1"}}')
+    live = start('server: {load_wait_s: 0}\nmodels: {toy/echo: {source: "fake:load_s=600"}}')
     response = live.complete(prompt="abc")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "model_loading"
@@ -319,16 +349,19 @@ def test_loading_model_refuses_at_once_when_told_to(start: Start) -> None:
 
 
 def test_deadline_while_the_model_loads(start: Start) -> None:
-    live = start('models: {toy/echo: {source: "fake:load_s=2"}}')
+    live = start('models: {toy/echo: {source: "fake:load_s=600"}}')
     assert live.complete(prompt="abc", timeout=0.2).status_code == 504
 
 
 def test_lazy_model_loads_when_asked_and_unloads_when_idle(start: Start) -> None:
-    live = start('models: {toy/echo: {source: "fake:load_s=0.2", load: lazy, idle_unload_s: 1}}')
+    entry = '{source: "fake:load_s=0.2,step_s=0.02", max_context: 20000, load: lazy, idle_unload_s: 1}'
+    live = start(f"models: {{toy/echo: {entry}}}")
     assert live.client.get("/v1/models").json()["data"][0]["status"] == "unloaded"
     assert live.client.get("/health").status_code == 200
+    busy = open_stream(live)
     first = live.canary()
     assert live.client.get("/health").json()["models"] == {MODEL: "loaded"}
+    busy.close()
     eventually(lambda: live.client.get("/health").json()["models"] == {MODEL: "unloaded"})
     assert live.canary() == first
 
@@ -358,34 +391,35 @@ def test_body_over_the_limit(start: Start) -> None:
     headers = {"content-type": "application/json"}
     assert live.client.post("/v1/completions", content=body, headers=headers).status_code == 413
     chunked = httpx.post(
-        f"{live.url}/v1/completions", content=iter([body[:9000], body[9000:]]), headers=headers
+        f"{live.url}/v1/completions",
+        content=iter([body[:9000], body[9000:]]),
+        headers=headers,
+        timeout=PATIENCE_S,
     )
     assert chunked.status_code == 413
     assert set(chunked.json()["error"]) == {"message", "type", "param", "code"}
     assert live.canary()
 
 
-def raw(server: LiveServer, data: bytes, seconds: float = 5.0) -> bytes:
-    """What the server answers to raw bytes until it closes or is silent."""
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(seconds)
-        connection.sendall(data)
+def raw(server: LiveServer, data: bytes) -> bytes:
+    """What the server answers to raw bytes until it closes, which may be before it has read them all."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         answer = b""
-        try:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(data)
+        with contextlib.suppress(ConnectionResetError):
             while part := connection.recv(65536):
                 answer += part
-        except (TimeoutError, ConnectionResetError):
-            pass
         return answer
 
 
 def test_headers_without_end(server: LiveServer) -> None:
     """Row 19."""
-    answer = raw(server, b"GET /live HTTP/1.1\r\nHost: x\r\nx-big: " + b"a" * 100_000, seconds=2)
+    answer = raw(server, b"GET /live HTTP/1.1\r\nHost: x\r\nx-big: " + b"a" * 100_000)
     assert answer.startswith(b"HTTP/1.1 431")
     many = b"".join(b"x-%d: a\r\n" % i for i in range(20_000))
-    assert raw(server, b"GET /live HTTP/1.1\r\nHost: x\r\n" + many, seconds=2).startswith(b"HTTP/1.1 431")
-    answer = raw(server, b"GARBAGE\r\n\r\n", seconds=1)
+    assert raw(server, b"GET /live HTTP/1.1\r\nHost: x\r\n" + many).startswith(b"HTTP/1.1 431")
+    answer = raw(server, b"GARBAGE\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400")
     assert set(json.loads(answer.split(b"\r\n\r\n")[1])["error"]) == {"message", "type", "param", "code"}
     assert server.canary()
@@ -395,15 +429,15 @@ def test_slow_header_sender_is_closed(server: LiveServer, monkeypatch: pytest.Mo
     """Row 19."""
     monkeypatch.setattr("tokenmill.server.http_protocol.HEADER_TIMEOUT_S", 0.2)
     for beginning in (b"GET /live HTTP/1.1\r\nHo", b""):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
             connection.sendall(beginning)
             assert connection.recv(100) == b"", "closed by the server"
 
 
 def test_a_body_that_stops_coming_is_refused(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.server.body.SILENCE_S", 0.1)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(HEAD % 100 + b"{")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(HEAD % (b"/v1/completions", 100) + b"{")
         answer = b""
         while part := connection.recv(65536):
             answer += part
@@ -415,7 +449,5 @@ def test_bad_hosts_do_not_open_doors(start: Start) -> None:
     """Row 19: access is decided on the path alone."""
     live = start(keys=("secret",))
     for host in (b"a/?x=", b"/live", b"x/live?", b"live#", b"[::1", b""):
-        answer = raw(
-            live, b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n", seconds=2
-        )
+        answer = raw(live, b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
         assert answer.split(b" ")[1] in (b"400", b"401"), answer

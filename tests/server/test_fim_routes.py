@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FIM_TOKENIZER, FIM_TOKENS
-from live_server import LiveServer, events, eventually
+from live_server import LiveServer, events
+from waiting import eventually
 
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.server.config_file import parse_config

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from live_server import LiveServer, events, eventually
+from live_server import LiveServer, events
+from waiting import eventually
 
 from tokenmill.server.parse import parse_completion
 

@@ -7,7 +7,6 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 from live_server import LiveServer
 
@@ -111,7 +110,7 @@ def test_documentation_page_needs_no_other_host(server: LiveServer) -> None:
     assert len(sources) == 3
     for source in sources:
         assert source.startswith("/docs/")
-        file = httpx.get(server.url + source)
+        file = server.client.get(source)
         assert file.status_code == 200
         assert len(file.content) > 1000
     assert "https:" not in page.text

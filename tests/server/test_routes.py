@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from jsonschema import Draft202012Validator
-from live_server import MODEL, ONE_MODEL, LiveServer, eventually
+from live_server import MODEL, ONE_MODEL, LiveServer
+from waiting import eventually
 
 from tokenmill.server.config_file import parse_config
 
@@ -220,4 +220,4 @@ def test_openapi_document_is_complete(server: LiveServer) -> None:
 
 
 def test_documentation_page(server: LiveServer) -> None:
-    assert httpx.get(f"{server.url}/docs").status_code == 200
+    assert server.client.get("/docs").status_code == 200

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 from fake_engine import FIM_TOKENIZER, FIM_TOKENS, TOKENIZER, logprob
-from live_server import LiveServer, events, eventually
+from live_server import LiveServer, events
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
+from waiting import eventually
 
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.tokenizer import Tokenizer
