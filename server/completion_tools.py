@@ -6,15 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from tokenmill.server.admission import Job, make_job
-from tokenmill.server.body import read_body
 from tokenmill.server.chat_answer import ReadAnswer
 from tokenmill.server.chat_parse import template_variables
 from tokenmill.server.chat_prompt import completion_as_chat
-from tokenmill.server.completions import CompletionEndpoint, Exchange, Writer
-from tokenmill.server.context import RequestContext
+from tokenmill.server.completions import Exchange, GeneratingEndpoint, MakeExchange, Writer
 from tokenmill.server.errors import bad_request
 from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.loaded_engine import Engine
@@ -25,16 +22,13 @@ from tokenmill.server.tool_protocol import read_tools
 _encode = msgspec.json.Encoder().encode
 
 
-class ToolCompletionEndpoint(CompletionEndpoint):
+class CompletionEndpoint(GeneratingEndpoint):
     """The handler of a completions route, with tools or without."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
-        context: RequestContext = scope["state"]["context"]
-        body = await read_body(scope, receive, self._options.max_body)
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
         request = parse_completion(body, self._options.warn_unknown)
         check_tools(request)
-        await self.respond(request, context, receive, send, ToolExchange if request.tools else Exchange)
+        return request, ToolExchange if request.tools else Exchange
 
 
 def check_tools(request: CompletionRequest) -> None:

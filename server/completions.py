@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.guard import Guard
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.model import Model
-from tokenmill.server.parse import first_of, parse_completion
+from tokenmill.server.parse import first_of
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
@@ -52,8 +53,11 @@ class EndpointOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `/v4/beta/completions`: streams end without [DONE], error events carry `choices`."""
 
 
-class CompletionEndpoint:
-    """The handler of a completions route."""
+class GeneratingEndpoint(ABC):
+    """The handler of a route that generates; what its body means is the subclass's."""
+
+    id_prefix = ""
+    """What its answers' ids begin with, before what all have."""
 
     def __init__(self, registry: Registry, options: EndpointOptions) -> None:
         self._registry = registry
@@ -62,18 +66,8 @@ class CompletionEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
         context: RequestContext = scope["state"]["context"]
-        body = await read_body(scope, receive, self._options.max_body)
-        await self.respond(parse_completion(body, self._options.warn_unknown), context, receive, send)
-
-    async def respond(
-        self,
-        request: CompletionRequest,
-        context: RequestContext,
-        receive: Receive,
-        send: Send,
-        exchange: MakeExchange | None = None,
-    ) -> None:
-        """Answer a checked request, by an exchange of this kind. Raises `ApiError` or `ClientGone`."""
+        context.name = self.id_prefix + context.name
+        request, exchange = self._read(await read_body(scope, receive, self._options.max_body))
         context.add_headers(first_of(request, "inference_extra_headers") or {})
         context.user = request.user
         variant, model = self._registry.resolve(request.model)
@@ -83,7 +77,7 @@ class CompletionEndpoint:
             asked = Asked(
                 options=self._options, request=request, variant=variant, model=model, context=context
             )
-            await (exchange or Exchange)(asked).run(receive, send)
+            await exchange(asked).run(receive, send)
             status = 200
         except ApiError as error:
             status = error.status
@@ -95,6 +89,10 @@ class CompletionEndpoint:
         finally:
             context.outcome = status
             model.metrics.outcomes[str(status)] += 1
+
+    @abstractmethod
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
+        """The checked request of a body, and what answers it. Raises `ApiError` 400."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):

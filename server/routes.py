@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tokenmill.server.chat import ChatEndpoint
 from tokenmill.server.chat_protocol import ChatRequest
 from tokenmill.server.chat_protocol_responses import ChatResponse
-from tokenmill.server.completion_tools import ToolCompletionEndpoint
+from tokenmill.server.completion_tools import CompletionEndpoint
 from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.fim_protocol import FimRequest, InfillRequest
@@ -115,14 +115,14 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
     return [
         Route(
             "/v1/completions",
-            ToolCompletionEndpoint(registry, options),
+            CompletionEndpoint(registry, options),
             "Create a completion",
             "create_completion",
             *completions,
         ),
         Route(
             "/v4/beta/completions",
-            ToolCompletionEndpoint(registry, gateway),
+            CompletionEndpoint(registry, gateway),
             "Create a completion, in the gateway's way of streaming",
             "create_gateway_completion",
             *completions,
