@@ -17,7 +17,7 @@ from tokenmill.server.chat_protocol_responses import ChatResponse
 from tokenmill.server.completion_tools import CompletionEndpoint
 from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.fim_protocol import MODEL, FimRequest, InfillRequest
 from tokenmill.server.fim_protocol_responses import FimResponse, InfillResponse
 from tokenmill.server.fim_routes import FimEndpoint, InfillEndpoint
 from tokenmill.server.openapi import Operation
@@ -26,7 +26,6 @@ from tokenmill.server.protocol_responses import CompletionResponse
 from tokenmill.server.registry import Registry
 from tokenmill.server.tokenize import TokenizerEndpoint, detokenize, tokenize, tokenizer_info
 from tokenmill.server.tokenize_protocol import (
-    MODEL,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
