@@ -132,7 +132,7 @@ class PromptRun:
             logger.exception("%s: an output of the engine can't be used", self._generation.name)
             self._generation.guard.interrupt(internal_error(self._generation.name))
 
-    def on_engine_lost(self, reason: str) -> None:
+    def on_process_lost(self, reason: str) -> None:
         self._generation.guard.interrupt(unavailable(reason, "engine_down", 1))
 
     def add_scores(self, part: PromptLogprobs) -> None:
