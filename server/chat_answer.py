@@ -19,7 +19,7 @@ FIRST_DELTA = {"role": "assistant", "content": "", "refusal": None}
 NO_LOGPROBS = b"null"
 
 
-class ReadAnswer(AnswerWriter):
+class ParsedAnswer(AnswerWriter):
     """For answers whose text is taken apart: thoughts, content, calls."""
 
     def __init__(
@@ -47,7 +47,7 @@ class ReadAnswer(AnswerWriter):
         )
 
 
-class ChatAnswer(ReadAnswer):
+class ChatAnswer(ParsedAnswer):
     """Writes one generation's answer.
 
     In a stream each choice has a first chunk with the role, chunks of thoughts, content or calls, and a last

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tokenmill.server.admission import Job, make_job
-from tokenmill.server.chat_answer import ReadAnswer
+from tokenmill.server.chat_answer import ParsedAnswer
 from tokenmill.server.chat_parse import template_variables
 from tokenmill.server.chat_prompt import completion_as_chat
 from tokenmill.server.completions import Exchange, GeneratingEndpoint, MakeExchange, Writer
@@ -65,7 +65,7 @@ class ToolExchange(Exchange):
         return ToolAnswer(generation, self._prompts, self._request, "chat.completion", model)
 
 
-class ToolAnswer(ReadAnswer):
+class ToolAnswer(ParsedAnswer):
     """Writes the choices: `text` and `tool_calls`, and the thoughts of a model that thinks between tags."""
 
     def whole(self) -> bytes:
