@@ -46,4 +46,4 @@ class ChatExchange(Exchange):
         return self._prompt.adapt(job, engine.tokenizer)
 
     def _answer(self, generation: Generation) -> Writer:
-        return ChatAnswer(generation, self._prompt, self._request, self._request.model or self._variant.name)
+        return ChatAnswer(generation, self._prompt, self._request, self._name)

@@ -61,8 +61,7 @@ class ToolExchange(Exchange):
         return self._prompts[0].adapt(job, engine.tokenizer)
 
     def _answer(self, generation: Generation) -> Writer:
-        model = self._request.model or self._variant.name
-        return ToolAnswer(generation, self._prompts, self._request, "chat.completion", model)
+        return ToolAnswer(generation, self._prompts, self._request, "chat.completion", self._name)
 
 
 class ToolAnswer(ParsedAnswer):

@@ -114,6 +114,8 @@ class Exchange:
         self._variant = asked.variant
         self._model = asked.model
         self._context = asked.context
+        self._name = asked.request.model or asked.variant.name
+        """The model's, as it was asked for."""
 
     async def run(self, receive: Receive, send: Send) -> None:
         """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
@@ -187,7 +189,7 @@ class Exchange:
         return await make_job(self._request, self._variant, engine, self._context.headers, salt)
 
     def _answer(self, generation: Generation) -> Writer:
-        return Answer(generation, self._request, self._request.model or self._variant.name)
+        return Answer(generation, self._request, self._name)
 
 
 MakeExchange = Callable[[Asked], Exchange]

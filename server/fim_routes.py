@@ -95,7 +95,7 @@ class FimExchange(Exchange):
         return Infill()
 
     def _answer(self, generation: Generation) -> Writer:
-        return FimAnswer(generation, self._request.model or self._variant.name)
+        return FimAnswer(generation, self._name)
 
 
 class InfillExchange(FimExchange):
@@ -119,7 +119,7 @@ class InfillExchange(FimExchange):
             generation.watch = LineRules(fields.n_indent, fields.t_max_predict_ms)
         return InfillAnswer(
             generation,
-            self._request.model or self._variant.name,
+            self._name,
             self._context.arrival,
             fields.return_tokens,
             fields.response_fields,
