@@ -85,13 +85,16 @@ class Work:
         return sum(prompt * output + output * (output - 1) / 2 for prompt, output in self.lengths)
 
 
+def decode_bytes(footprint: Footprint, work: Work) -> float:
+    """Weights and cache that all decode steps read."""
+    steps = work.decode_steps
+    weights = steps * footprint.read_bytes(work.output_tokens / steps)
+    return weights + work.kv_reads * footprint.kv_bytes_per_token
+
+
 def decode_seconds(limits: Limits, footprint: Footprint, work: Work) -> float:
     """Least time of all decode steps: the slower of memory and arithmetic."""
-    steps = work.decode_steps
-    read = (
-        steps * footprint.read_bytes(work.output_tokens / steps)
-        + work.kv_reads * footprint.kv_bytes_per_token
-    )
+    read = decode_bytes(footprint, work)
     multiply = work.output_tokens * footprint.flops_per_token
     return max(read / limits.read_bytes_per_s, multiply / limits.matmul_flops_per_s)
 
@@ -108,9 +111,4 @@ def least_seconds(limits: Limits, footprint: Footprint, work: Work) -> float:
 
 def flops_per_byte(footprint: Footprint, work: Work) -> float:
     """Arithmetic intensity of the decode steps: the x axis of a roofline plot."""
-    steps = work.decode_steps
-    read = (
-        steps * footprint.read_bytes(work.output_tokens / steps)
-        + work.kv_reads * footprint.kv_bytes_per_token
-    )
-    return work.output_tokens * footprint.flops_per_token / read
+    return work.output_tokens * footprint.flops_per_token / decode_bytes(footprint, work)

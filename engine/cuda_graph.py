@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenmill.engine.kernel_set import Adjustments, Penalties, ReferenceKernels
+from tokenmill.engine.kernel_set import Adjustments, Penalties, ReferenceKernels, Settings
 from tokenmill.engine.staging import ALIGNMENT, PinnedLines
 
 logger = logging.getLogger("tokenmill.engine")
@@ -164,6 +164,16 @@ class StaticRows:
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
 
+    def first(self, count: int) -> dict[str, Tensor]:
+        """The first `count` rows of each field."""
+        return {name: field[:count] for name, field in self.fields.items()}
+
+
+def draw_settings(fields: dict[str, Tensor]) -> Settings:
+    """How rows with these fields draw."""
+    temperature, min_p, top_p = fields["temperature"], fields["min_p"], fields["top_p"]
+    return temperature, min_p, fields["top_k"], top_p, fields["seeds"], fields["generated"]
+
 
 class DecodeForward(Protocol):
     """Logits of tokens [R] int64, one a row, into `out` [R, V]; R is also the number of rows."""
@@ -233,27 +243,20 @@ class DecodeGraphs:
         self._forward(tokens, self.rows, self.logits[:bucket])
 
     def _draw(self, bucket: int, *, full: bool) -> None:
-
-        def get(name: str) -> Tensor:
-            return self.rows[name][:bucket]
-
-        logits, counts = self.logits[:bucket], self._counts
+        logits, counts, rows = self.logits[:bucket], self._counts, self.rows.first(bucket)
         if full:
-            rates = get("repetition"), get("presence"), get("frequency")
-            penalties = Penalties(get("lines"), *counts, *rates)
+            rates = rows["repetition"], rows["presence"], rows["frequency"]
+            penalties = Penalties(rows["lines"], *counts, *rates)
             logits = self._kernels.adjust(logits, Adjustments(penalties=(penalties,)))
-        settings = (
-            get("temperature"), get("min_p"), get("top_k"), get("top_p"), get("seeds"), get("generated")
-        )  # fmt: skip
         tokens, flags = self._kernels.draw(
             logits,
-            settings,
+            draw_settings(rows),
             filtered=full,
-            counted=(get("lines"), counts[0]) if full else None,
+            counted=(rows["lines"], counts[0]) if full else None,
             out=self.results[0, :bucket],
         )
         self.results[1, :bucket].copy_(flags)
-        self._last_tokens.scatter_(0, get("rows"), tokens)
+        self._last_tokens.scatter_(0, rows["rows"], tokens)
 
     # ---------------------------------------------------------------- replay
 

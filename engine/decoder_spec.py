@@ -38,7 +38,7 @@ class Linear:
 
 @dataclass(slots=True)
 class Attention:
-    """`qkv` holds the parts of one product in the order q, k, v. `rope` indexes `Decoder.ropes`; None: no RoPE."""
+    """`qkv` holds the parts of one product in the order q, k, v. `rope` indexes `DecoderSpec.ropes`; None: no RoPE."""
 
     qkv: list[Linear]
     out: Linear

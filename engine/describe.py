@@ -8,7 +8,6 @@ model's own code before it is trusted.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -301,19 +300,14 @@ class _Ropes:
         return Rope(cos[0, :, pick].contiguous(), sin[0, :, pick].contiguous(), self._interleaved)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
-
-
 def _require_all_used(module: nn.Module, spec: DecoderSpec) -> None:
-    used = {id(tensor) for tensor in _tensors(spec)}
+    used: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        used.add(id(tensor))
+        return tensor
+
+    replace_tensors(spec, note)
     for name, parameter in module.named_parameters():
         if id(parameter) not in used:
             raise NotUnderstood(f"the parameter {name}")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenmill.engine import attention, cpu_tape, fusion, gguf, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, LayerSpec
@@ -151,7 +152,8 @@ class PagedForward:
         _require_full_weights(model, config)
         if model.verdict.fusible:
             fusion.fuse_siblings(module)
-        return _OwnCode(module), f"its own code, {self._kernels.name} kernels", layers
+        own: ModelLogits = partial(attention.forward, module)
+        return own, f"its own code, {self._kernels.name} kernels", layers
 
     def _metadata(
         self, slots: Tensor, table: Tensor, seq_lens: Tensor, query_start: Tensor, decodes: int
@@ -232,18 +234,6 @@ class ModelLogits(Protocol):
     def __call__(
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None
     ) -> Tensor: ...
-
-
-class _OwnCode:
-    """The model's own modelling code, with our attention in it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None
-    ) -> Tensor:
-        return attention.forward(self._module, input_ids, positions, metadata, logits_index)
 
 
 class SequentialForward:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenmill.engine import attention
+from tokenmill.engine.block_weight import join_biases
 
 
 class LinearGroup:
@@ -28,11 +29,8 @@ class LinearGroup:
     def __init__(self, members: list[nn.Linear]) -> None:
         self.widths = [x.out_features for x in members]
         self.weight = torch.cat([x.weight.detach() for x in members])
-        self.bias: Tensor | None = None
-        if any(x.bias is not None for x in members):
-            self.bias = torch.cat(
-                [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in members]
-            )
+        biases = [None if x.bias is None else x.bias.detach() for x in members]
+        self.bias = join_biases([x.weight for x in members], biases)
         self._input: Tensor | None = None
         self._parts: list[Tensor | None] = []
 

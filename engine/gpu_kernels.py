@@ -197,7 +197,7 @@ class GpuKernels(ReferenceKernels):
 
     def adjust(self, logits: Tensor, changes: Adjustments) -> Tensor:
         """One pass for bias and penalties, which leaves the raw rows readable; nothing to do returns them."""
-        if changes.bias is None and not changes.penalties and changes.mask is None:
+        if not changes:
             return logits
         rows, width = logits.shape
         out = self._adjusted[:rows] if self._adjusted is not None and rows <= self._rows else None

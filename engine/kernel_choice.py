@@ -40,7 +40,7 @@ def select_kernels(
     """The fastest kernels that work on `device` with `dtype`.
 
     `deterministic`: every result stays the same to the bit in any batch, where that costs speed too.
-    `quantization` of the weights reaches those kernels alone that say `quantizes`.
+    `quantization` of the weights is for kernels that have it among their `quantizations`; plain torch has none.
     """
     wanted = os.environ.get("TOKENMILL_KERNELS", "triton" if device.type == "cuda" else "cpu")
     if wanted == "triton":

@@ -71,18 +71,14 @@ class LoadedModel:
 
 def load(config: EngineConfig, progress: Progress) -> LoadedModel:
     """Load `config.source`; raises LoadError with one line that says what stands in the way."""
-    _refuse_unsupported(config)
+    if config.compile:
+        raise LoadError(f"{config.source}: compile isn't supported yet; leave it off")
     progress("finding the checkpoint", None)
     checkpoint = resolve(config.source, config.revision, progress)
     try:
         return _load(config, checkpoint, progress)
     except LoadError as error:
         raise LoadError(f"{config.source}: {error}") from None
-
-
-def _refuse_unsupported(config: EngineConfig) -> None:
-    if config.compile:
-        raise LoadError(f"{config.source}: compile isn't supported yet; leave it off")
 
 
 def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> LoadedModel:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows
+from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows, draw_settings
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
 from tokenmill.engine.kernel_choice import configured_kernels
@@ -116,10 +116,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _compile_first_draws(self, graphs: DecodeGraphs) -> None:
         """A prompt's first token is drawn outside of graphs, from logits as they are: not while a client waits."""
-        one = {name: field[:1] for name, field in graphs.rows.fields.items()}
-        settings = (
-            one["temperature"], one["min_p"], one["top_k"], one["top_p"], one["seeds"], one["generated"]
-        )  # fmt: skip
+        settings = draw_settings(graphs.rows.first(1))
         for filtered in (False, True):
             self.kernels.draw(graphs.logits[:1], settings, filtered=filtered)
 
@@ -202,7 +199,7 @@ class ModelRunner:
             self.sampler.last_tokens.index_copy_(0, put[0], put[1])
         if len(put) % 2:
             rows.set_table(put[-1])
-        fields = {name: tensor[:count] for name, tensor in rows.fields.items()}
+        fields = rows.first(count)
         return StepInputs(
             input_ids=fields["rows"],
             positions=fields["positions"],
@@ -219,14 +216,11 @@ class ModelRunner:
             rows=slots,
             generated=decode.generated,
             lines=fields["rows"],
-            settings=(
-                fields["temperature"], fields["min_p"], fields["top_k"], fields["top_p"], fields["seeds"],
-                fields["generated"],
-            ),
+            settings=draw_settings(fields),
             copies=None,
             constrained=any(row.sequence.matcher is not None for row in decode.samplers),
             bucket=bucket,
-        )  # fmt: skip
+        )
 
     def _forward(self, step: Step, inputs: StepInputs) -> Tensor:
         if inputs.bucket:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.messages import HEADER
+from tokenmill.engine.messages import HEADER, encode_frame
 
 KINDS = (np.int64, np.int64, np.int64, np.int32, np.int32, np.int32, np.int64)
 
@@ -75,7 +75,6 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
 
 ToRank = Begin | Meet | RankStep
 FromRank = Loaded | Failed
-_encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ToRank | FromRank)
 
 
@@ -92,8 +91,7 @@ class Link:
 
     def send(self, message: ToRank | FromRank) -> None:
         """Send a message; raises OSError when the other end is gone."""
-        payload = _encoder.encode(message)
-        self._connection.sendall(HEADER.pack(len(payload)) + payload)
+        self._connection.sendall(encode_frame(message))
 
     def receive(self) -> ToRank | FromRank | None:
         """Wait for the next message; None when the other end is gone."""

@@ -37,24 +37,24 @@ def stretched_limit(config: Any) -> int | None:
     return limit
 
 
-def pin_rope(module: nn.Module, max_context: int) -> int:
-    """Fix every batch-dependent rotary table below `module` for `max_context` tokens; tells how many."""
-    return sum(_pin(part, max_context) for part in module.modules() if hasattr(part, "rope_type"))
+def pin_rope(module: nn.Module, max_context: int) -> None:
+    """Fix every batch-dependent rotary table below `module` for `max_context` tokens."""
+    for part in module.modules():
+        if hasattr(part, "rope_type"):
+            _pin(part, max_context)
 
 
-def _pin(part: Any, max_context: int) -> int:
+def _pin(part: Any, max_context: int) -> None:
     kinds = part.rope_type
     if isinstance(kinds, str):
-        if not _varies(kinds):
-            return 0
-        _set_table(part, kinds, None, max_context)
-        part.rope_type = "default"
-        return 1
-    varying = [layer_type for layer_type, kind in kinds.items() if _varies(kind)]
-    for layer_type in varying:
-        _set_table(part, kinds[layer_type], layer_type, max_context)
-        part.rope_type = {**part.rope_type, layer_type: "default"}
-    return len(varying)
+        if _varies(kinds):
+            _set_table(part, kinds, None, max_context)
+            part.rope_type = "default"
+        return
+    for layer_type, kind in kinds.items():
+        if _varies(kind):
+            _set_table(part, kind, layer_type, max_context)
+            part.rope_type = {**part.rope_type, layer_type: "default"}
 
 
 def _varies(kind: str) -> bool:

@@ -21,28 +21,60 @@ _encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 
 
-class Answer:
-    """Writes one generation's answer. Text chunks without extras are put together from ready-made bytes."""
+class AnswerWriter:
+    """What the writers of answers share: how a chunk begins and ends, where the usage goes, which tokens went out."""
 
-    def __init__(self, generation: Generation, request: CompletionRequest, model: str) -> None:
+    def __init__(self, generation: Generation, request: CompletionRequest, kind: str, model: str) -> None:
         self._generation = generation
         self._request = request
         self._tokenizer: Tokenizer = generation.engine.tokenizer
-        self._head = generation.head("text_completion", model)
+        self._head = generation.head(kind, model)
         options = request.stream_options
         self._usage_at_end = options is not None and options.include_usage
         self._usage_always = options is not None and options.usage_always
         self._open = b"data: " + _encode(self._head)[:-1] + b',"choices":['
         self._close = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
         self._sent: dict[Choice, int] = {}
-        """Choices that have begun in the stream, and how many of their tokens were sent."""
+        """Choices of which something went out, and how many of their tokens, where more than text was asked for."""
         self._detailed = request.alternatives is not None or request.return_token_ids
+
+    def end(self, with_done: bool) -> bytes:
+        """The last events of a stream."""
+        usage = self._open + self._close_with_usage() if self._usage_at_end else b""
+        return usage + (DONE if with_done else b"")
+
+    def _closed(self) -> bytes:
+        """What ends a chunk."""
+        return self._close_with_usage() if self._usage_always else self._close
+
+    def _close_with_usage(self) -> bytes:
+        return b'],"usage":' + _encode(self._usage()) + b"}\n\n"
+
+    def _usage(self) -> dict[str, object]:
+        return self._generation.usage()
+
+    def _scored(self, choice: Choice, sent: int, start: int = 0) -> ScoredTokens:
+        """The tokens from `sent` on that start before the text's end; `start` is where the choice's text does."""
+        part, detokenizer = slice(sent, choice.detokenizer.settled), choice.detokenizer
+        offsets = [start + offset for offset in detokenizer.offsets[part]]
+        return ScoredTokens(choice.ids[part], choice.logprobs[part], choice.top[part], offsets)
+
+    def _content(self, tokens: ScoredTokens, alternatives: int) -> dict[str, object]:
+        """Log-probabilities in the chat-shaped form."""
+        return {"content": chat_content(self._tokenizer, tokens, alternatives), "refusal": None}
+
+
+class Answer(AnswerWriter):
+    """Writes one generation's answer. Text chunks without extras are put together from ready-made bytes."""
+
+    def __init__(self, generation: Generation, request: CompletionRequest, model: str) -> None:
+        super().__init__(generation, request, "text_completion", model)
         self._prompt_parts: dict[PromptRun, tuple[str, ScoredTokens]] = {}
 
     def whole(self) -> bytes:
         """The JSON of a finished generation."""
         choices = [self._whole_choice(choice) for choice in self._generation.returned()]
-        return _encode({**self._head, "choices": choices, "usage": self._generation.usage()})
+        return _encode({**self._head, "choices": choices, "usage": self._usage()})
 
     def _whole_choice(self, choice: Choice) -> dict[str, object]:
         return {
@@ -70,24 +102,14 @@ class Answer:
         extras = b'"logprobs":null'
         if self._detailed or (first and self._request.prompt_logprobs is not None):
             extras = _encode(self._extras(choice, sent, first))[1:-1]
-        close = self._close
-        if self._usage_always:
-            close = b'],"usage":' + _encode(self._generation.usage()) + b"}\n\n"
         return b'%b{"index":%d,"text":%b,%b,"finish_reason":%b}%b' % (
             self._open,
             choice.index,
             _encode(text),
             extras,
             finish,
-            close,
+            self._closed(),
         )
-
-    def end(self, with_done: bool) -> bytes:
-        """The last events of a stream."""
-        usage = b""
-        if self._usage_at_end:
-            usage = self._open + b'],"usage":' + _encode(self._generation.usage()) + b"}\n\n"
-        return usage + (DONE if with_done else b"")
 
     def _extras(self, choice: Choice, sent: int, first: bool = True) -> dict[str, object]:
         """`logprobs` and the fields that only some requests want, for the tokens from `sent` on."""
@@ -106,20 +128,13 @@ class Answer:
 
     def _logprobs(self, choice: Choice, sent: int, first: bool, alternatives: int) -> dict[str, object]:
         """The log-probabilities of tokens that start before the text's end, the prompt's first if echoed."""
-        end = choice.detokenizer.settled
-        start = len(self._echoed(choice.run))
-        tokens = ScoredTokens(
-            choice.ids[sent:end],
-            choice.logprobs[sent:end],
-            choice.top[sent:end],
-            [start + offset for offset in choice.detokenizer.offsets[sent:end]],
-        )
+        tokens = self._scored(choice, sent, len(self._echoed(choice.run)))
         if first and self._request.echo:
             tokens = self._prompt(choice.run)[1] + tokens
         arrays = legacy_arrays(self._tokenizer, tokens, alternatives)
         if not self._request.chat_logprobs:
             return arrays
-        return {"content": chat_content(self._tokenizer, tokens, alternatives), "refusal": None, **arrays}
+        return {**self._content(tokens, alternatives), **arrays}
 
     def _echoed(self, run: PromptRun) -> str:
         return self._prompt(run)[0] if self._request.echo else ""

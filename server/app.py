@@ -17,7 +17,6 @@ from tokenmill.server.api_docs import add_docs
 from tokenmill.server.auth import KeyRing
 from tokenmill.server.boundary import Boundary, http_error
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.errors import ApiError
 from tokenmill.server.metrics import render
 from tokenmill.server.openapi import Operation, document_operations
 from tokenmill.server.playground_routes import add_playground
@@ -81,11 +80,8 @@ def create_app(
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
-    return _error_response(http_error(error, request.scope["path"], known))
-
-
-def _error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers, "application/json")
+    shaped = http_error(error, request.scope["path"], known)
+    return Response(shaped.body(), shaped.status, shaped.headers, "application/json")
 
 
 def _add_models(app: FastAPI, registry: Registry) -> None:

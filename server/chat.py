@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 
-from starlette.types import Receive, Scope, Send
-
 from tokenmill.server.admission import Job, make_job
-from tokenmill.server.body import read_body
 from tokenmill.server.chat_answer import ChatAnswer
 from tokenmill.server.chat_parse import ChatInput, parse_chat
 from tokenmill.server.chat_prompt import ChatPrompt, chat_prompt
-from tokenmill.server.completions import Asked, CompletionEndpoint, Exchange, Writer
-from tokenmill.server.context import RequestContext
+from tokenmill.server.completions import Asked, Exchange, GeneratingEndpoint, MakeExchange, Writer
 from tokenmill.server.errors import ApiError
 from tokenmill.server.generation import Generation
 from tokenmill.server.loaded_engine import Engine
+from tokenmill.server.protocol import CompletionRequest
 
 
-class ChatEndpoint(CompletionEndpoint):
+class ChatEndpoint(GeneratingEndpoint):
     """The handler of the chat route."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
-        context: RequestContext = scope["state"]["context"]
-        context.name = "chat" + context.name
-        body = await read_body(scope, receive, self._options.max_body)
+    id_prefix = "chat"
+
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
         chat = parse_chat(body, self._options.warn_unknown)
-        await self.respond(chat.completion, context, receive, send, partial(ChatExchange, chat))
+        return chat.completion, partial(ChatExchange, chat)
 
 
 class ChatExchange(Exchange):
@@ -51,4 +46,4 @@ class ChatExchange(Exchange):
         return self._prompt.adapt(job, engine.tokenizer)
 
     def _answer(self, generation: Generation) -> Writer:
-        return ChatAnswer(generation, self._prompt, self._request, self._request.model or self._variant.name)
+        return ChatAnswer(generation, self._prompt, self._request, self._name)

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from tokenmill.server.answer import DONE
+from tokenmill.server.answer import AnswerWriter
 from tokenmill.server.chat_prompt import ChatPrompt
 from tokenmill.server.chat_text import ChatText
 from tokenmill.server.generation import Choice, Generation
-from tokenmill.server.logprobs import ScoredTokens, chat_content, prompt_logprobs
+from tokenmill.server.logprobs import ScoredTokens, prompt_logprobs
 from tokenmill.server.protocol import CompletionRequest
 
 _encode = msgspec.json.Encoder().encode
@@ -19,7 +19,35 @@ FIRST_DELTA = {"role": "assistant", "content": "", "refusal": None}
 NO_LOGPROBS = b"null"
 
 
-class ChatAnswer:
+class ParsedAnswer(AnswerWriter):
+    """For answers whose text is taken apart: thoughts, content, calls."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: list[ChatPrompt],
+        request: CompletionRequest,
+        kind: str,
+        model: str,
+    ) -> None:
+        super().__init__(generation, request, kind, model)
+        self._prompts = dict(zip(generation.runs, prompts, strict=True))
+        self._texts: dict[Choice, ChatText] = {}
+
+    def _text(self, choice: Choice) -> ChatText:
+        text = self._texts.get(choice)
+        if text is None:
+            text = self._texts[choice] = self._prompts[choice.run].new_text(self._generation.job)
+        return text
+
+    def _usage(self) -> dict[str, object]:
+        """The generation's usage, with the tokens that were thoughts."""
+        return self._generation.usage(
+            sum(text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items())
+        )
+
+
+class ChatAnswer(ParsedAnswer):
     """Writes one generation's answer.
 
     In a stream each choice has a first chunk with the role, chunks of thoughts, content or calls, and a last
@@ -29,20 +57,8 @@ class ChatAnswer:
     def __init__(
         self, generation: Generation, prompt: ChatPrompt, request: CompletionRequest, model: str
     ) -> None:
-        self._generation = generation
-        self._prompt = prompt
-        self._request = request
-        self._tokenizer = generation.engine.tokenizer
-        self._head = generation.head("chat.completion.chunk" if request.stream else "chat.completion", model)
-        options = request.stream_options
-        self._usage_at_end = options is not None and options.include_usage
-        self._usage_always = options is not None and options.usage_always
-        self._open = b"data: " + _encode(self._head)[:-1] + b',"choices":['
-        self._close = b'],"usage":null}\n\n' if self._usage_at_end else b"]}\n\n"
-        self._texts: dict[Choice, ChatText] = {}
-        self._sent: dict[Choice, int] = {}
-        """How many tokens of a choice went out with their log-probabilities or ids."""
-        self._detailed = request.alternatives is not None or request.return_token_ids
+        kind = "chat.completion.chunk" if request.stream else "chat.completion"
+        super().__init__(generation, [prompt], request, kind, model)
 
     def whole(self) -> bytes:
         """The JSON of a finished generation."""
@@ -114,39 +130,12 @@ class ChatAnswer:
             self._closed(),
         )
 
-    def _closed(self) -> bytes:
-        if not self._usage_always:
-            return self._close
-        return b'],"usage":' + _encode(self._usage()) + b"}\n\n"
-
-    def end(self, with_done: bool) -> bytes:
-        """The last events of a stream."""
-        usage = b""
-        if self._usage_at_end:
-            usage = self._open + b'],"usage":' + _encode(self._usage()) + b"}\n\n"
-        return usage + (DONE if with_done else b"")
-
-    def _text(self, choice: Choice) -> ChatText:
-        text = self._texts.get(choice)
-        if text is None:
-            text = self._texts[choice] = self._prompt.new_text(self._generation.job)
-        return text
-
-    def _usage(self) -> dict[str, object]:
-        """The generation's usage, with the tokens that were thoughts."""
-        return self._generation.usage(
-            sum(text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items())
-        )
-
     def _logprobs(self, choice: Choice, sent: int) -> dict[str, object] | None:
         """The log-probabilities of the tokens from `sent` on that start before the text's end."""
         alternatives = self._request.alternatives
         if alternatives is None:
             return None
-        part = slice(sent, choice.detokenizer.settled)
-        offsets = choice.detokenizer.offsets[part]
-        tokens = ScoredTokens(choice.ids[part], choice.logprobs[part], choice.top[part], offsets)
-        return {"content": chat_content(self._tokenizer, tokens, alternatives), "refusal": None}
+        return self._content(self._scored(choice, sent), alternatives)
 
     def _token_ids(self, choice: Choice, sent: int) -> dict[str, object]:
         if not self._request.return_token_ids:

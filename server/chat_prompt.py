@@ -5,7 +5,6 @@ The completions routes use it too: with `tools` their prompt becomes one user me
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from tokenmill.server.chat_text import ChatText
 from tokenmill.server.errors import bad_request
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.plan import Variant
-from tokenmill.server.prompts import INLINE_CHARACTERS, check_length, encode_texts
+from tokenmill.server.prompts import by_size, check_length, encode_texts
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.reasoning import ReasoningParser, is_open
 from tokenmill.server.tool_grammar import CallGrammar
@@ -89,10 +88,7 @@ async def chat_prompt(chat: ChatInput, variant: Variant, engine: Engine) -> Chat
         raise bad_request(f"tools: {variant.name} takes none", "tools")
     style = engine.chat(variant.chat_template, variant.tool_parser)
     size = sum(len(message.content or "") for message in chat.messages)
-    if size <= INLINE_CHARACTERS:
-        text, opened = _render(chat, style)
-    else:
-        text, opened = await asyncio.to_thread(_render, chat, style)
+    text, opened = await by_size(size, _render, chat, style)
     if not text:
         raise bad_request("messages: the chat template makes an empty prompt of them", "messages")
     keep = chat.completion.truncate_prompt_tokens

@@ -124,14 +124,6 @@ class ChatRequest(SamplingFields):
     )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.", examples=[True])
     top_logprobs: int = Field(0, ge=0, le=20, description="Alternatives with `logprobs`.", examples=[5])
-    prompt_logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="Log-probabilities of the prompt's tokens, with k alternatives.",
-        examples=[0],
-    )
-    return_token_ids: bool = Field(False, description="`token_ids` and `prompt_token_ids`.", examples=[False])
     add_generation_prompt: bool | None = Field(
         None,
         description="Whether the prompt ends with the beginning of an assistant's message. True unless "

@@ -6,20 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope, Send
 
 from tokenmill.server.admission import Job, make_job
-from tokenmill.server.answer import DONE
-from tokenmill.server.body import read_body
+from tokenmill.server.chat_answer import ParsedAnswer
 from tokenmill.server.chat_parse import template_variables
-from tokenmill.server.chat_prompt import ChatPrompt, completion_as_chat
-from tokenmill.server.chat_text import ChatText
-from tokenmill.server.completions import CompletionEndpoint, Exchange, Writer
-from tokenmill.server.context import RequestContext
+from tokenmill.server.chat_prompt import completion_as_chat
+from tokenmill.server.completions import Exchange, GeneratingEndpoint, MakeExchange, Writer
 from tokenmill.server.errors import bad_request
 from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.loaded_engine import Engine
-from tokenmill.server.logprobs import ScoredTokens, chat_content
 from tokenmill.server.parse import parse_completion
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.tool_protocol import read_tools
@@ -27,16 +22,13 @@ from tokenmill.server.tool_protocol import read_tools
 _encode = msgspec.json.Encoder().encode
 
 
-class ToolCompletionEndpoint(CompletionEndpoint):
+class CompletionEndpoint(GeneratingEndpoint):
     """The handler of a completions route, with tools or without."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
-        context: RequestContext = scope["state"]["context"]
-        body = await read_body(scope, receive, self._options.max_body)
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
         request = parse_completion(body, self._options.warn_unknown)
         check_tools(request)
-        await self.respond(request, context, receive, send, ToolExchange if request.tools else Exchange)
+        return request, ToolExchange if request.tools else Exchange
 
 
 def check_tools(request: CompletionRequest) -> None:
@@ -69,26 +61,11 @@ class ToolExchange(Exchange):
         return self._prompts[0].adapt(job, engine.tokenizer)
 
     def _answer(self, generation: Generation) -> Writer:
-        model = self._request.model or self._variant.name
-        return ToolAnswer(generation, self._prompts, self._request, model)
+        return ToolAnswer(generation, self._prompts, self._request, "chat.completion", self._name)
 
 
-class ToolAnswer:
+class ToolAnswer(ParsedAnswer):
     """Writes the choices: `text` and `tool_calls`, and the thoughts of a model that thinks between tags."""
-
-    def __init__(
-        self, generation: Generation, prompts: list[ChatPrompt], request: CompletionRequest, model: str
-    ) -> None:
-        self._generation = generation
-        self._prompts = dict(zip(generation.runs, prompts, strict=True))
-        self._request = request
-        self._head = generation.head("chat.completion", model)
-        options = request.stream_options
-        self._usage_at_end = options is not None and options.include_usage
-        self._usage_always = options is not None and options.usage_always
-        self._texts: dict[Choice, ChatText] = {}
-        self._sent: dict[Choice, int] = {}
-        """How many tokens of a choice went out."""
 
     def whole(self) -> bytes:
         """The JSON of a finished generation."""
@@ -106,7 +83,8 @@ class ToolAnswer:
 
     def chunks(self, choices: Iterable[Choice]) -> bytes:
         """Server-sent events with the news of these choices."""
-        return b"".join([self._event(row) for choice in choices for row in self._news(choice)])
+        rows = [row for choice in choices for row in self._news(choice)]
+        return b"".join([self._open + _encode(row) + self._closed() for row in rows])
 
     def _news(self, choice: Choice) -> list[dict[str, object]]:
         text = self._text(choice)
@@ -122,28 +100,6 @@ class ToolAnswer:
             rows.append({"index": choice.index, "text": "", **self._extras(choice), "finish_reason": finish})
         return rows
 
-    def _event(self, row: dict[str, object]) -> bytes:
-        chunk: dict[str, object] = {**self._head, "choices": [row]}
-        if self._usage_always:
-            chunk["usage"] = self._usage()
-        elif self._usage_at_end:
-            chunk["usage"] = None
-        return b"data: " + _encode(chunk) + b"\n\n"
-
-    def end(self, with_done: bool) -> bytes:
-        """The last events of a stream."""
-        usage = b""
-        if self._usage_at_end:
-            usage = b"data: " + _encode({**self._head, "choices": [], "usage": self._usage()}) + b"\n\n"
-        return usage + (DONE if with_done else b"")
-
-    def _text(self, choice: Choice) -> ChatText:
-        text = self._texts.get(choice)
-        if text is None:
-            prompt = self._prompts[choice.run]
-            text = self._texts[choice] = prompt.new_text(self._generation.job)
-        return text
-
     def _extras(self, choice: Choice) -> dict[str, object]:
         """Log-probabilities and ids of the tokens that haven't gone out yet."""
         sent, end = self._sent.get(choice, 0), choice.detokenizer.settled
@@ -151,19 +107,9 @@ class ToolAnswer:
         extras: dict[str, object] = {"logprobs": None}
         alternatives = self._request.alternatives
         if alternatives is not None and end > sent:
-            part = slice(sent, end)
-            offsets = choice.detokenizer.offsets[part]
-            tokens = ScoredTokens(choice.ids[part], choice.logprobs[part], choice.top[part], offsets)
-            content = chat_content(self._generation.engine.tokenizer, tokens, alternatives)
-            extras["logprobs"] = {"content": content, "refusal": None}
+            extras["logprobs"] = self._content(self._scored(choice, sent), alternatives)
         if self._request.return_token_ids:
             extras["token_ids"] = choice.ids[sent:end]
             if not sent:
                 extras["prompt_token_ids"] = choice.run.prompt.ids
         return extras
-
-    def _usage(self) -> dict[str, object]:
-        """The generation's usage, with the tokens that were thoughts."""
-        return self._generation.usage(
-            sum(text.reasoning_tokens(choice.detokenizer.offsets) for choice, text in self._texts.items())
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from tokenmill.server.generation import Choice, Generation
 from tokenmill.server.guard import Guard
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.model import Model
-from tokenmill.server.parse import first_of, name_of, parse_completion
+from tokenmill.server.parse import first_of, name_of
 from tokenmill.server.plan import Variant
 from tokenmill.server.protocol import CompletionRequest
 from tokenmill.server.registry import Registry
@@ -53,8 +54,11 @@ class EndpointOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `/v4/beta/completions`: streams end without [DONE], error events carry `choices`."""
 
 
-class CompletionEndpoint:
-    """The handler of a completions route."""
+class GeneratingEndpoint(ABC):
+    """The handler of a route that generates; what its body means is the subclass's."""
+
+    id_prefix = ""
+    """What its answers' ids begin with, before what all have."""
 
     def __init__(self, registry: Registry, options: EndpointOptions) -> None:
         self._registry = registry
@@ -63,18 +67,8 @@ class CompletionEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
         context: RequestContext = scope["state"]["context"]
-        body = await read_body(scope, receive, self._options.max_body)
-        await self.respond(parse_completion(body, self._options.warn_unknown), context, receive, send)
-
-    async def respond(
-        self,
-        request: CompletionRequest,
-        context: RequestContext,
-        receive: Receive,
-        send: Send,
-        exchange: MakeExchange | None = None,
-    ) -> None:
-        """Answer a checked request, by an exchange of this kind. Raises `ApiError` or `ClientGone`."""
+        context.name = self.id_prefix + context.name
+        request, exchange = self._read(await read_body(scope, receive, self._options.max_body))
         context.add_headers(first_of(request, "inference_extra_headers") or {})
         context.user = request.user
         variant, model = self._registry.resolve(request.model)
@@ -84,7 +78,7 @@ class CompletionEndpoint:
             asked = Asked(
                 options=self._options, request=request, variant=variant, model=model, context=context
             )
-            await (exchange or Exchange)(asked).run(receive, send)
+            await exchange(asked).run(receive, send)
             status = 200
             model.metrics.request.observe(time.monotonic() - context.arrival)
         except ApiError as error:
@@ -97,6 +91,10 @@ class CompletionEndpoint:
         finally:
             context.outcome = status
             model.metrics.outcomes[str(status)] += 1
+
+    @abstractmethod
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
+        """The checked request of a body, and what answers it. Raises `ApiError` 400."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +116,8 @@ class Exchange:
         self._variant = asked.variant
         self._model = asked.model
         self._context = asked.context
+        self._name = asked.request.model or asked.variant.name
+        """The model's, as it was asked for."""
 
     async def run(self, receive: Receive, send: Send) -> None:
         """Generate and answer. Errors are raised; a stream that has begun also ends with the error event."""
@@ -192,7 +192,7 @@ class Exchange:
         return await make_job(self._request, self._variant, engine, self._context.headers, salt)
 
     def _answer(self, generation: Generation) -> Writer:
-        return Answer(generation, self._request, self._request.model or self._variant.name)
+        return Answer(generation, self._request, self._name)
 
 
 MakeExchange = Callable[[Asked], Exchange]

@@ -6,39 +6,21 @@ import time
 from typing import Protocol
 
 from tokenmill.engine.messages import Abort, Add, Delta, FromEngine, Outputs, from_engine_decoder
-from tokenmill.server.frame_client import FrameClient
+from tokenmill.server.frame_client import Awaiting, FrameClient
 
 
-class Sink(Protocol):
+class DeltaSink(Awaiting, Protocol):
     """Who waits for the deltas of one request."""
 
     def on_delta(self, delta: Delta, now: float) -> None:
         """News of a choice; `now` is the monotonic time of its arrival."""
 
-    def on_engine_lost(self, reason: str) -> None:
-        """No more deltas will come: the engine is gone."""
 
-
-class Listener(Protocol):
-    """Who supervises the engine."""
-
-    def on_message(self, message: FromEngine) -> None:
-        """Anything but outputs; outputs as well, as a sign of life, after their sinks have them."""
-
-    def on_lost(self, reason: str) -> None:
-        """The socket is closed."""
-
-
-class EngineClient(FrameClient):
+class EngineClient(FrameClient[FromEngine, DeltaSink]):
     """Speaks for one engine process."""
 
-    def __init__(self, listener: Listener) -> None:
-        super().__init__()
-        self._listener = listener
-        self._sinks: dict[int, Sink] = {}
-
-    def add(self, message: Add, sink: Sink) -> None:
-        """Hand a request to the engine. `Sink` hears of it until `forget`."""
+    def add(self, message: Add, sink: DeltaSink) -> None:
+        """Hand a request to the engine. `sink` hears of it until `forget`, or `abort` of the whole."""
         self._sinks[message.request] = sink
         self._send(message)
 
@@ -61,9 +43,3 @@ class EngineClient(FrameClient):
                 if sink is not None:
                     sink.on_delta(delta, now)
         self._listener.on_message(message)
-
-    def _on_lost(self, reason: str) -> None:
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.on_engine_lost(reason)
-        self._listener.on_lost(reason)

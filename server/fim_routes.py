@@ -5,12 +5,9 @@ from __future__ import annotations
 import secrets
 from functools import partial
 
-from starlette.types import Receive, Scope, Send
-
 from tokenmill.server.admission import Job, make_job
-from tokenmill.server.body import decode_object, read_body
-from tokenmill.server.completions import Asked, CompletionEndpoint, Exchange, Writer
-from tokenmill.server.context import RequestContext
+from tokenmill.server.body import decode_object
+from tokenmill.server.completions import Asked, Exchange, GeneratingEndpoint, MakeExchange, Writer
 from tokenmill.server.fim_answers import FimAnswer, InfillAnswer, LineRules
 from tokenmill.server.fim_protocol import FimRequest, InfillRequest
 from tokenmill.server.generation import Generation
@@ -31,27 +28,20 @@ FILTER_FIELDS = {
 """Sampling settings, and the filter of `samplers` that each belongs to."""
 
 
-class FimEndpoint(CompletionEndpoint):
+class FimEndpoint(GeneratingEndpoint):
     """The handler of Mistral's route."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
-        context: RequestContext = scope["state"]["context"]
-        values = decode_object(await read_body(scope, receive, self._options.max_body))
-        request = completion_of_fim(validated(values, FimRequest, self._options.warn_unknown))
-        await self.respond(request, context, receive, send, FimExchange)
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
+        request = validated(decode_object(body), FimRequest, self._options.warn_unknown)
+        return completion_of_fim(request), FimExchange
 
 
-class InfillEndpoint(CompletionEndpoint):
+class InfillEndpoint(GeneratingEndpoint):
     """The handler of llama.cpp's route."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Raises `ApiError` or `ClientGone` while the answer hasn't begun."""
-        context: RequestContext = scope["state"]["context"]
-        values = decode_object(await read_body(scope, receive, self._options.max_body))
-        infill = validated(values, InfillRequest, self._options.warn_unknown)
-        request = completion_of_infill(infill)
-        await self.respond(request, context, receive, send, partial(InfillExchange, infill))
+    def _read(self, body: bytes) -> tuple[CompletionRequest, MakeExchange]:
+        infill = validated(decode_object(body), InfillRequest, self._options.warn_unknown)
+        return completion_of_infill(infill), partial(InfillExchange, infill)
 
 
 def completion_of_fim(request: FimRequest) -> CompletionRequest:
@@ -105,7 +95,7 @@ class FimExchange(Exchange):
         return Infill()
 
     def _answer(self, generation: Generation) -> Writer:
-        return FimAnswer(generation, self._request.model or self._variant.name)
+        return FimAnswer(generation, self._name)
 
 
 class InfillExchange(FimExchange):
@@ -129,7 +119,7 @@ class InfillExchange(FimExchange):
             generation.watch = LineRules(fields.n_indent, fields.t_max_predict_ms)
         return InfillAnswer(
             generation,
-            self._request.model or self._variant.name,
+            self._name,
             self._context.arrival,
             fields.return_tokens,
             fields.response_fields,

@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -16,10 +16,34 @@ from tokenmill.engine.messages import HEADER, MAX_FRAME, encode_frame
 logger = logging.getLogger(__name__)
 
 
-class FrameClient(asyncio.Protocol, ABC):
-    """Speaks for one process. What its frames mean is the subclass's."""
+class Awaiting(Protocol):
+    """Who waits for what a process makes for one id."""
 
-    def __init__(self) -> None:
+    def on_process_lost(self, reason: str) -> None:
+        """No more will come: the process is gone."""
+
+
+Heard = TypeVar("Heard", contravariant=True)
+Message = TypeVar("Message")
+Sink = TypeVar("Sink", bound=Awaiting)
+
+
+class Listener(Protocol[Heard]):
+    """Who supervises the process."""
+
+    def on_message(self, message: Heard) -> None:
+        """Anything; what sinks wait for as well, as a sign of life, after they have it."""
+
+    def on_lost(self, reason: str) -> None:
+        """The socket is closed."""
+
+
+class FrameClient(asyncio.Protocol, ABC, Generic[Message, Sink]):
+    """Speaks for one process. What its frames, of type `Message`, mean is the subclass's."""
+
+    def __init__(self, listener: Listener[Message]) -> None:
+        self._listener = listener
+        self._sinks: dict[int, Sink] = {}
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._ids = itertools.count(1)
@@ -67,12 +91,11 @@ class FrameClient(asyncio.Protocol, ABC):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = self.lost or "the model's engine stopped"
-        self._on_lost(self.lost)
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.on_process_lost(self.lost)
+        self._listener.on_lost(self.lost)
 
     @abstractmethod
     def _on_frame(self, payload: memoryview) -> None:
         """One message has come."""
-
-    @abstractmethod
-    def _on_lost(self, reason: str) -> None:
-        """No more will come."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.messages import Add, Delta, PromptLogprobs, TopLogprobs
@@ -28,39 +29,26 @@ MAX_UNSENT_TOKENS = 4096
 """Tokens that may wait for a client that doesn't read; past it, the request is aborted."""
 
 
+@dataclass(slots=True, eq=False)
 class Choice:
-    """One candidate: its tokens, its text, and how it ended."""
+    """One candidate: its tokens, its text, and how it ended. `eq=False`: a choice is itself, whatever it holds."""
 
-    __slots__ = (
-        "accepted_drafts",
-        "detokenizer",
-        "finish_reason",
-        "first",
-        "ids",
-        "index",
-        "last",
-        "logprobs",
-        "rejected_drafts",
-        "run",
-        "text",
-        "top",
-    )
-
-    def __init__(self, run: PromptRun, index: int, detokenizer: Detokenizer) -> None:
-        self.run = run
-        self.index = index
-        """Place among all choices of the answer."""
-        self.accepted_drafts = 0
-        self.rejected_drafts = 0
-        self.detokenizer = detokenizer
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[TopLogprobs] = []
-        self.text = ""
-        """Text that is ready and not taken yet."""
-        self.finish_reason: str | None = None
-        self.first = self.last = 0.0
-        """When its first and its latest tokens came: monotonic seconds, 0 before."""
+    run: PromptRun
+    index: int
+    """Place among all choices of the answer."""
+    detokenizer: Detokenizer
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[TopLogprobs] = field(default_factory=list)
+    text: str = ""
+    """Text that is ready and not taken yet."""
+    finish_reason: str | None = None
+    first: float = 0.0
+    """When its first tokens came: monotonic seconds, 0 before."""
+    last: float = 0.0
+    """When its latest tokens came."""
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
     def take(self, delta: Delta) -> str:
         """Add the news of the engine; the text that they release."""
@@ -144,7 +132,7 @@ class PromptRun:
             logger.exception("%s: an output of the engine can't be used", self._generation.name)
             self._generation.guard.interrupt(internal_error(self._generation.name))
 
-    def on_engine_lost(self, reason: str) -> None:
+    def on_process_lost(self, reason: str) -> None:
         self._generation.guard.interrupt(unavailable(reason, "engine_down", 1))
 
     def add_scores(self, part: PromptLogprobs) -> None:

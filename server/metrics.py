@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tokenmill.engine.messages import Stats
 
@@ -42,17 +43,14 @@ class ModelMetrics:
         self.request = Histogram(REQUEST_BUCKETS)
 
 
-class Snapshot:
+class Snapshot(NamedTuple):
     """One model at the time of a scrape."""
 
-    def __init__(
-        self, name: str, loaded: bool, queued: int, stats: Stats | None, metrics: ModelMetrics
-    ) -> None:
-        self.name = name
-        self.loaded = loaded
-        self.queued = queued
-        self.stats = stats
-        self.metrics = metrics
+    name: str
+    loaded: bool
+    queued: int
+    stats: Stats | None
+    metrics: ModelMetrics
 
 
 _GAUGES = {

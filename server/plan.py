@@ -30,7 +30,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     """The entry's name; differs from `name` for a deployment."""
     engine: str
-    """Key of the engine that serves it."""
+    """Key of the engine that serves it: the name of the entry, or of a deployment that has its own."""
     limits: Limits
     sampling: dict[str, Any]
     force: dict[str, Any]
@@ -53,18 +53,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     engines: dict[str, EngineConfig]
     entries: dict[str, Entry]
     """The entry that each engine comes from."""
-    entry_names: dict[str, str]
-    """Its name."""
     voices: dict[str, SpeechConfig]
     """What speaks an entry's answers, by the entry's name."""
 
 
 def make_plan(config: Config) -> Plan:
     """Entries and deployments as variants. One engine an entry, and one a deployment quantized otherwise."""
-    plan = Plan(variants={}, aliases={}, engines={}, entries={}, entry_names={}, voices={})
+    plan = Plan(variants={}, aliases={}, engines={}, entries={}, voices={})
     for name, entry in config.models.items():
         plan.engines[name], plan.entries[name] = engine_config(entry, config.defaults), entry
-        plan.entry_names[name] = name
         if entry.speech is not None:
             plan.voices[name] = speech_config(entry, entry.speech, config.defaults)
         timeout_s = entry.timeout_s or config.defaults.timeout_s
@@ -90,7 +87,7 @@ def make_plan(config: Config) -> Plan:
             plan.variants[own] = _deployment(own, plan.variants[name], deployment)
             if deployment.quantization not in (None, entry.quantization):
                 plan.engines[own] = engine_config(entry, config.defaults, deployment.quantization)
-                plan.entries[own], plan.entry_names[own] = entry, name
+                plan.entries[own] = entry
                 plan.variants[own] = msgspec.structs.replace(plan.variants[own], engine=own)
     return plan
 

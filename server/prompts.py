@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -12,8 +14,9 @@ from tokenmill.server.fim import Fim, encode_inside
 from tokenmill.server.loaded_engine import Engine
 from tokenmill.server.protocol import CompletionRequest
 
-INLINE_CHARACTERS = 20_000
-"""Longer texts are encoded beside the event loop, so that streams don't wait for them."""
+Result = TypeVar("Result")
+INLINE = 20_000
+"""Longer texts, in characters or tokens, are worked on beside the event loop, so that streams don't wait for them."""
 
 
 class PromptInput(msgspec.Struct, frozen=True):
@@ -33,6 +36,11 @@ class Infill(msgspec.Struct, frozen=True):
 
 
 NOTHING_MORE = Infill()
+
+
+async def by_size(size: int, work: Callable[..., Result], *arguments: object) -> Result:
+    """What `work` makes of a text of this size: here where it is short, on another thread where it is long."""
+    return work(*arguments) if size <= INLINE else await asyncio.to_thread(work, *arguments)
 
 
 async def encode_prompts(
@@ -68,9 +76,8 @@ async def encode_infill(
     others = [text for _, text in infill.files]
     check_length([*texts, *others], engine)
     check_length([suffix], engine, "suffix")
-    if sum(map(len, [*texts, suffix, *others])) <= INLINE_CHARACTERS and fim.ready:
-        return _infill(request, fim, infill)
-    return await asyncio.to_thread(_infill, request, fim, infill)
+    size = sum(map(len, [*texts, suffix, *others])) if fim.ready else INLINE + 1
+    return await by_size(size, _infill, request, fim, infill)
 
 
 def _infill(request: CompletionRequest, fim: Fim, infill: Infill) -> list[PromptInput]:
@@ -91,26 +98,19 @@ def _infill(request: CompletionRequest, fim: Fim, infill: Infill) -> list[Prompt
 
 async def encode_texts(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
     """Token ids of each text; long ones are encoded on another thread."""
-    if sum(map(len, texts)) <= INLINE_CHARACTERS:
-        return tokenizer.encode_batch(texts, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens)
+    return await by_size(sum(map(len, texts)), tokenizer.encode_batch, texts, add_special_tokens)
 
 
 async def encode_suffix(text: str, engine: Engine) -> list[int]:
     """Tokens of a text that is to come behind another. Raises `ApiError` 400 where it can't fit."""
     check_length([text], engine, "suffix")
-    if len(text) <= INLINE_CHARACTERS:
-        return encode_inside(engine.tokenizer, text)
-    return await asyncio.to_thread(encode_inside, engine.tokenizer, text)
+    return await by_size(len(text), encode_inside, engine.tokenizer, text)
 
 
 async def encode_prediction(text: str, engine: Engine) -> list[int]:
     """Tokens of the expected output; what is longer than any output can be isn't worth encoding."""
     text = text[: engine.context * engine.tokenizer.longest_token]
-    if len(text) <= INLINE_CHARACTERS:
-        ids = engine.tokenizer.encode(text, add_special_tokens=False)
-    else:
-        ids = await asyncio.to_thread(engine.tokenizer.encode, text, False)
+    (ids,) = await encode_texts(engine.tokenizer, [text], add_special_tokens=False)
     return ids[: engine.context]
 
 

@@ -37,15 +37,7 @@ class CompletionRequest(SamplingFields):
     )
     top_logprobs: int = Field(0, ge=0, le=20, description="Alternatives with `logprobs: true`.", examples=[5])
     return_token_log_probs: bool = Field(False, description="Alias of `logprobs: true`.", examples=[False])
-    prompt_logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="Log-probabilities of the prompt's tokens, with k alternatives.",
-        examples=[0],
-    )
     echo: bool = Field(False, description="The prompt before the completion.", examples=[False])
-    return_token_ids: bool = Field(False, description="`token_ids` and `prompt_token_ids`.", examples=[False])
     add_special_tokens: bool = Field(
         True, description="Add BOS and the like to text prompts.", examples=[True]
     )

@@ -186,6 +186,14 @@ class CompletionTokensDetails(BaseModel):
     )
 
 
+DETAILS = {
+    "accepted_prediction_tokens": 0,
+    "rejected_prediction_tokens": 0,
+    "reasoning_tokens": 0,
+    "audio_tokens": 0,
+}
+
+
 class Usage(BaseModel):
     """Tokens of all prompts and all candidates."""
 
@@ -199,14 +207,7 @@ class Usage(BaseModel):
     )
     completion_tokens_details: CompletionTokensDetails = Field(
         description="Of the completion tokens.",
-        examples=[
-            {
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-                "reasoning_tokens": 0,
-                "audio_tokens": 0,
-            }
-        ],
+        examples=[DETAILS],
     )
 
 
@@ -215,12 +216,7 @@ USAGE = {
     "completion_tokens": 2,
     "total_tokens": 7,
     "prompt_tokens_details": {"cached_tokens": 0},
-    "completion_tokens_details": {
-        "accepted_prediction_tokens": 0,
-        "rejected_prediction_tokens": 0,
-        "reasoning_tokens": 0,
-        "audio_tokens": 0,
-    },
+    "completion_tokens_details": DETAILS,
 }
 
 

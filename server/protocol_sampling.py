@@ -98,6 +98,15 @@ class SamplingFields(Strict):
         False, description="Generate on after the model's EOS. For benchmarks.", examples=[False]
     )
 
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="Log-probabilities of the prompt's tokens, with k alternatives.",
+        examples=[0],
+    )
+    return_token_ids: bool = Field(False, description="`token_ids` and `prompt_token_ids`.", examples=[False])
+
     stream: bool = Field(False, description="Server-sent events as the text comes.", examples=[True])
     stream_options: StreamOptions | None = Field(
         None, description="Only with `stream`.", examples=[{"include_usage": True}]

@@ -48,7 +48,7 @@ class Registry:
                 command=command,
                 process=(processes or {}).get(name),
                 progress=progress,
-                voice=self._voices.get(self.plan.entry_names[name]),
+                voice=self._voices.get(self.plan.variants[name].root),
             )
             for name, engine in self.plan.engines.items()
         }

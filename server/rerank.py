@@ -7,13 +7,11 @@ Every candidate is followed by the same suffix tokens, so their sum ranks as the
 
 from __future__ import annotations
 
-import asyncio
-
 from tokenmill.engine.sampling_params import SamplingParams
 from tokenmill.server.admission import Job
 from tokenmill.server.fim import encode_inside
 from tokenmill.server.generation import Choice, Generation
-from tokenmill.server.prompts import INLINE_CHARACTERS, PromptInput
+from tokenmill.server.prompts import PromptInput, by_size
 
 SCORING = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
@@ -25,10 +23,7 @@ async def rank_by_suffix(generation: Generation) -> None:
         return
     choices = [choice for run in generation.runs for choice in run.choices]
     texts = sum(len(choice.detokenizer.text) for choice in choices)
-    if texts <= INLINE_CHARACTERS:
-        prompts = _prompts(generation, choices, job.suffix)
-    else:
-        prompts = await asyncio.to_thread(_prompts, generation, choices, job.suffix)
+    prompts = await by_size(texts, _prompts, generation, choices, job.suffix)
     scoring = generation.part(Job(prompts, SCORING, job.priority, job.cache_salt))
     try:
         scoring.start()

@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 from tokenmill.server.chat import ChatEndpoint
 from tokenmill.server.chat_protocol import ChatRequest
 from tokenmill.server.chat_protocol_responses import ChatResponse
-from tokenmill.server.completion_tools import ToolCompletionEndpoint
+from tokenmill.server.completion_tools import CompletionEndpoint
 from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.fim_protocol import FimRequest, InfillRequest
+from tokenmill.server.fim_protocol import MODEL, FimRequest, InfillRequest
 from tokenmill.server.fim_protocol_responses import FimResponse, InfillResponse
 from tokenmill.server.fim_routes import FimEndpoint, InfillEndpoint
 from tokenmill.server.openapi import Operation
@@ -26,7 +26,6 @@ from tokenmill.server.protocol_responses import CompletionResponse
 from tokenmill.server.registry import Registry
 from tokenmill.server.tokenize import TokenizerEndpoint, detokenize, tokenize, tokenizer_info
 from tokenmill.server.tokenize_protocol import (
-    MODEL,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
@@ -115,14 +114,14 @@ def _routes(registry: Registry, config: ServerConfig) -> list[Route]:
     return [
         Route(
             "/v1/completions",
-            ToolCompletionEndpoint(registry, options),
+            CompletionEndpoint(registry, options),
             "Create a completion",
             "create_completion",
             *completions,
         ),
         Route(
             "/v4/beta/completions",
-            ToolCompletionEndpoint(registry, gateway),
+            CompletionEndpoint(registry, gateway),
             "Create a completion, in the gateway's way of streaming",
             "create_gateway_completion",
             *completions,

@@ -64,7 +64,7 @@ class Clip:
         self.ended = spoken.last
         self._speech.on_news(spoken)
 
-    def on_speech_lost(self, reason: str) -> None:
+    def on_process_lost(self, reason: str) -> None:
         """No more will come."""
         self._speech.on_lost(reason)
 

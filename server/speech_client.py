@@ -5,36 +5,18 @@ from __future__ import annotations
 from typing import Protocol
 
 from tokenmill.engine.messages import FromSpeech, Hush, Say, SpeechReady, Spoken, from_speech_decoder
-from tokenmill.server.frame_client import FrameClient
+from tokenmill.server.frame_client import Awaiting, FrameClient
 
 
-class ClipSink(Protocol):
+class ClipSink(Awaiting, Protocol):
     """Who waits for the sound of one clip."""
 
     def on_spoken(self, spoken: Spoken) -> None:
         """The next bytes."""
 
-    def on_speech_lost(self, reason: str) -> None:
-        """No more will come: the process is gone."""
 
-
-class Listener(Protocol):
-    """Who supervises the process."""
-
-    def on_message(self, message: FromSpeech) -> None:
-        """Anything; sound as well, as a sign of life, after its clip has it."""
-
-    def on_lost(self, reason: str) -> None:
-        """The socket is closed."""
-
-
-class SpeechClient(FrameClient):
+class SpeechClient(FrameClient[FromSpeech, ClipSink]):
     """Speaks with one speech process."""
-
-    def __init__(self, listener: Listener) -> None:
-        super().__init__()
-        self._listener = listener
-        self._sinks: dict[int, ClipSink] = {}
 
     def say(self, message: Say, sink: ClipSink) -> None:
         """Hand over a piece of a clip's text. `sink` hears of the clip until its last bytes or `hush`."""
@@ -53,12 +35,6 @@ class SpeechClient(FrameClient):
             if sink is not None:
                 sink.on_spoken(message)
         self._listener.on_message(message)
-
-    def _on_lost(self, reason: str) -> None:
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.on_speech_lost(reason)
-        self._listener.on_lost(reason)
 
 
 class LoadedVoice:

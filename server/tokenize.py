@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from tokenmill.server.completions import EndpointOptions
 from tokenmill.server.context import RequestContext
 from tokenmill.server.errors import bad_request
 from tokenmill.server.parse import validated
-from tokenmill.server.prompts import INLINE_CHARACTERS, encode_texts
+from tokenmill.server.prompts import by_size, encode_texts
 from tokenmill.server.registry import Registry
 from tokenmill.server.responses import send_json
 from tokenmill.server.tokenize_protocol import DetokenizeRequest, TokenizeRequest
@@ -81,10 +80,7 @@ async def detokenize(
     if wrong is not None:
         message = f"tokens: token {wrong} is outside the model's vocabulary of {width}"
         raise bad_request(message, "tokens")
-    if len(request.tokens) <= INLINE_CHARACTERS:
-        return {"prompt": engine.tokenizer.decode(request.tokens, skip_special_tokens=False)}
-    text = await asyncio.to_thread(engine.tokenizer.decode, request.tokens, False)
-    return {"prompt": text}
+    return {"prompt": await by_size(len(request.tokens), engine.tokenizer.decode, request.tokens, False)}
 
 
 async def tokenizer_info(model_name: str | None, registry: Registry) -> dict[str, object]:

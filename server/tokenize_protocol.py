@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tokenmill.server.fields import MAX_TOKEN_ID
+from tokenmill.server.fim_protocol import MODEL
 from tokenmill.server.protocol_parts import Strict
 
-MODEL = "A model's name, as for completions. May be left out where the server holds one model only."
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 

@@ -6,7 +6,7 @@ import re
 
 from tokenmill.server.chat_markup import cut, partial
 from tokenmill.server.tool_json import CallScanner
-from tokenmill.server.tool_parser import Functions, ToolParser
+from tokenmill.server.tool_parser import ToolParser
 
 
 class BareParser(ToolParser):
@@ -19,11 +19,8 @@ class BareParser(ToolParser):
     TAG = "<|python_tag|>"
     _TRIGGER = re.compile(r"<\|python_tag\|>|(?m:^)[ \t]*(?P<json>```|[{\[])")
     _HALF_FENCE = re.compile(r"(?m:^)[ \t]*(`{1,2})\Z")
-
-    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
-        super().__init__(functions, limit, required)
-        self._line_begins = True
-        self._listed = self._fenced = self._tagged = False
+    _line_begins = True
+    _listed = _fenced = _tagged = False
 
     def _content(self) -> bool:
         # A letter stands for what the line has already.
@@ -90,9 +87,7 @@ class BareParser(ToolParser):
 
     def _block(self) -> bool:
         """The first thing in a fenced block."""
-        blanks = len(self._buffer) - len(self._buffer.lstrip())
-        self._raw.append(self._buffer[:blanks])
-        self._buffer = self._buffer[blanks:]
+        self._keep_blanks()
         if not self._buffer:
             return False
         if self._buffer[0] in "{[":
@@ -124,11 +119,9 @@ class BareParser(ToolParser):
         if following == "{":
             self._begin(self._new_scanner())
             return True
-        if self._fenced:
-            fence = self._accept("```")
-            if fence is None:
-                return False
         self._line_begins = True
+        if self._fenced:
+            return self._close("```")
         self._state = self._content
         return True
 

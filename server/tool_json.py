@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Protocol
 
 CLOSING = {"{": "}", "[": "]"}
 NAMES = frozenset(["name"])
@@ -99,41 +99,39 @@ class ValueScanner:
         return position + 1
 
 
-class Scanner(Protocol):
+class Scanner(ABC):
     """Reads one call."""
 
-    name: str | None
-    started: bool
-    """Whether it is sure to be a call: its name is known and its arguments have begun."""
-    done: bool
-    failed: bool
-    left: str
-    """What was read and stands behind the call's end, or behind what showed that it was none."""
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        self.started = False
+        """Whether it is sure to be a call: its name is known and its arguments have begun."""
+        self.done = self.failed = False
+        self.left = ""
+        """What was read and stands behind the call's end, or behind what showed that it was none."""
+        self._arguments: list[str] = []
 
     @property
     def promising(self) -> bool:
         """Whether what was read is more than any text that begins alike: the beginning of a call."""
+        return not self.failed
 
+    @abstractmethod
     def feed(self, text: str) -> int:
         """Read; how many characters were read."""
 
     def take(self) -> str:
         """Arguments that nobody has taken yet. Only once `started`."""
+        pieces, self._arguments = self._arguments, []
+        return "".join(pieces)
 
 
-class ArgumentsScanner:
+class ArgumentsScanner(Scanner):
     """The arguments of a call whose name came before them: one JSON object."""
 
     def __init__(self, name: str) -> None:
-        self.name: str | None = name
-        self.started = self.done = self.failed = False
-        self.left = ""
+        super().__init__(name)
         self._value = ValueScanner()
-        self._pieces: list[str] = []
-
-    @property
-    def promising(self) -> bool:
-        return not self.failed
 
     def feed(self, text: str) -> int:
         start = 0
@@ -146,16 +144,12 @@ class ArgumentsScanner:
                 return 0
             self.started = True
         end = self._value.feed(text, start)
-        self._pieces.append(text[start:end])
+        self._arguments.append(text[start:end])
         self.done = self._value.done or self._value.broken
         return end
 
-    def take(self) -> str:
-        pieces, self._pieces = self._pieces, []
-        return "".join(pieces)
 
-
-class CallScanner:
+class CallScanner(Scanner):
     """A call as an object: `{"name": …, "arguments": {…}}`, with `parameters` for `arguments` in some models,
     in any order, and perhaps inside `"function": {…}`.
 
@@ -163,9 +157,7 @@ class CallScanner:
     """
 
     def __init__(self, names: Collection[str] | None = None) -> None:
-        self.name: str | None = None
-        self.started = self.done = self.failed = False
-        self.left = ""
+        super().__init__()
         self._names = names
         self._level = 0
         self._expects = "object"
@@ -173,7 +165,6 @@ class CallScanner:
         self._value = ValueScanner()
         self._raw: list[str] = []
         """The key or value that is being read."""
-        self._arguments: list[str] = []
         self._given = False
         """Whether arguments were there at all."""
 
@@ -196,10 +187,6 @@ class CallScanner:
             else:
                 position += self._punctuation(text[position])
         return position
-
-    def take(self) -> str:
-        pieces, self._arguments = self._arguments, []
-        return "".join(pieces)
 
     def _read(self, text: str, position: int) -> int:
         end = self._value.feed(text, position)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from tokenmill.server.chat_markup import cut
 from tokenmill.server.tool_json import FUNCTION_NAME, ArgumentsScanner, CallScanner
-from tokenmill.server.tool_parser import Functions, ToolParser
+from tokenmill.server.tool_parser import ToolParser
 from tokenmill.server.tool_tags import FUNCTION, PairScanner, TagScanner
 
 
@@ -41,9 +41,7 @@ class HermesParser(MarkedParser):
 
     def _form(self) -> bool:
         """Behind the tag: JSON, or another tag."""
-        blanks = len(self._buffer) - len(self._buffer.lstrip())
-        self._raw.append(self._buffer[:blanks])
-        self._buffer = self._buffer[blanks:]
+        self._keep_blanks()
         if FUNCTION.startswith(self._buffer) and self._buffer != FUNCTION:
             return False
         if self._buffer.startswith(FUNCTION):
@@ -57,10 +55,7 @@ class HermesParser(MarkedParser):
         # A brace too many is a slip that small models make.
         if not self._skip(" \t\r\n}"):
             return False
-        closed = self._accept(self.CLOSE)
-        if closed is not None:
-            self._state = self._content
-        return closed is not None
+        return self._close(self.CLOSE)
 
 
 class MistralParser(MarkedParser):
@@ -69,10 +64,7 @@ class MistralParser(MarkedParser):
     OPEN = "[TOOL_CALLS]"
     IDENTIFIER = "[CALL_ID]"
     ARGUMENTS = "[ARGS]"
-
-    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
-        super().__init__(functions, limit, required)
-        self._listed = False
+    _listed = False
 
     def _form(self) -> bool:
         """Behind the marker: a list, or a name."""
@@ -130,10 +122,7 @@ class DeepSeekParser(ToolParser):
     OPEN = "<｜tool▁call▁begin｜>"
     SEPARATOR = "<｜tool▁sep｜>"
     CLOSE = "<｜tool▁call▁end｜>"
-
-    def __init__(self, functions: Functions, limit: int | None = None, required: bool = False) -> None:
-        super().__init__(functions, limit, required)
-        self._kind = ""
+    _kind = ""
 
     def _content(self) -> bool:
         text, marker, self._buffer = cut(self._buffer, [self.ALL, self.ALL_END, self.OPEN])
@@ -169,7 +158,4 @@ class DeepSeekParser(ToolParser):
     def _after(self) -> bool:
         if not self._skip(" \t\r\n`"):
             return False
-        closed = self._accept(self.CLOSE)
-        if closed is not None:
-            self._state = self._content
-        return closed is not None
+        return self._close(self.CLOSE)

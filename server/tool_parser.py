@@ -97,12 +97,19 @@ class ToolParser(ABC):
         self._buffer = self._buffer.lstrip(characters)
         return bool(self._buffer)
 
-    def _accept(self, marker: str) -> bool | None:
-        """Take a marker off the buffer's beginning; None when more text must decide."""
-        if self._buffer.startswith(marker):
-            self._buffer = self._buffer[len(marker) :]
-            return True
-        return None if marker.startswith(self._buffer) else False
+    def _keep_blanks(self) -> None:
+        """Blanks at the buffer's beginning belong to what may be a call."""
+        rest = self._buffer.lstrip()
+        self._raw.append(self._buffer[: len(self._buffer) - len(rest)])
+        self._buffer = rest
+
+    def _close(self, marker: str) -> bool:
+        """Go back to content, past this marker where it stands there; False when more text must decide."""
+        if marker.startswith(self._buffer) and self._buffer != marker:
+            return False
+        self._buffer = self._buffer.removeprefix(marker)
+        self._state = self._content
+        return True
 
     def _begin(self, scanner: Scanner) -> None:
         """A call may follow."""

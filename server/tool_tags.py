@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from tokenmill.server.chat_markup import cut
-from tokenmill.server.tool_json import FUNCTION_NAME
+from tokenmill.server.tool_json import FUNCTION_NAME, Scanner
 
 FUNCTION = "<function="
 FUNCTION_END = "</function>"
@@ -31,22 +31,15 @@ PAIR_TAGS = (ARGUMENT, ARGUMENT_END, VALUE, VALUE_END)
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
-class TagScanner:
+class TagScanner(Scanner):
     """Reads one call. `functions`: of each function the parameters that are strings."""
 
     def __init__(self, functions: Mapping[str, Collection[str]]) -> None:
-        self.name: str | None = None
-        self.started = self.done = self.failed = False
-        self.left = ""
+        super().__init__()
         self._functions = functions
         self._buffer = ""
         self._key: str | None = None
         self._empty = True
-        self._pieces: list[str] = []
-
-    @property
-    def promising(self) -> bool:
-        return not self.failed
 
     def feed(self, text: str) -> int:
         self._buffer += text
@@ -55,10 +48,6 @@ class TagScanner:
         if self.done or self.failed:
             self.left, self._buffer = self._buffer, ""
         return len(text)
-
-    def take(self) -> str:
-        pieces, self._pieces = self._pieces, []
-        return "".join(pieces)
 
     def _advance(self) -> bool:
         """Read one tag or value; False when more text is needed."""
@@ -108,7 +97,7 @@ class TagScanner:
         self._key = None
         opening = "{" if self._empty else ", "
         self._empty = False
-        self._pieces.append(f"{opening}{_text(key)}: {self._written(key, value)}")
+        self._arguments.append(f"{opening}{_text(key)}: {self._written(key, value)}")
 
     def _written(self, key: str, value: str) -> str:
         """The JSON of a value."""
@@ -122,7 +111,7 @@ class TagScanner:
         return msgspec.json.encode(parsed).decode()
 
     def _end(self) -> None:
-        self._pieces.append("{}" if self._empty else "}")
+        self._arguments.append("{}" if self._empty else "}")
         self.done = True
 
 

@@ -34,7 +34,7 @@ def test_documents_name_files_that_exist(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("folder", ["engine", "kernels"])
+@pytest.mark.parametrize("folder", ["server", "engine", "kernels"])
 def test_every_file_can_be_found_from_the_architecture_page(folder: str) -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     _, _, table = page.partition(f"| idea | `{folder}/` |")

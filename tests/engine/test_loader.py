@@ -280,7 +280,8 @@ def test_dynamic_rope_is_pinned_by_the_context(tmp_path: Path) -> None:
     torch.testing.assert_close(tables[0], default)
     base = 10000.0 * (4 * 2048 / 512 - 3) ** (16 / 14)
     torch.testing.assert_close(tables[1], base ** -(torch.arange(0, 16, 2) / 16))
-    assert pin_rope(plain.module, 512) == 0, "what is pinned stays so"
+    pin_rope(plain.module, 2048)
+    torch.testing.assert_close(tables[0], default, msg="what is pinned stays so")
 
 
 def tiny_with_rope(tmp_path: Path, model_type: str, rope: dict[str, Any], **more: Any) -> Path:

@@ -47,7 +47,7 @@ class Recorder:
     def on_delta(self, delta: Delta, now: float) -> None:
         self.deltas.append(delta)
 
-    def on_engine_lost(self, reason: str) -> None:
+    def on_process_lost(self, reason: str) -> None:
         self.lost.append(reason)
 
     def on_message(self, message: FromEngine) -> None:
