@@ -189,7 +189,7 @@ def test_an_engine_that_warms_nothing_up_would_be_noticed(
     known = dict(gpu.variants)
     gpu.variants.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "_compile_first_draws", lambda self, graphs: None)
+        patch.setattr(ModelRunner, "_compile_what_graphs_leave_out", lambda self, graphs: None)
         cold = load()
         while cold.engine.warming:
             cold.engine.warm_up_next()
