@@ -37,7 +37,17 @@ from triton.runtime import interpreter
 GPU = torch.device("cuda", 0)
 MEMORY = 140 << 30
 GARBAGE = 0x5B
-ASKS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose", "__contains__"}
+ASKS = {
+    "item",
+    "tolist",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "equal",
+    "allclose",
+    "__contains__",
+}
 """Operations whose answer is a number of the host's."""
 SIZED_BY_VALUES = {"nonzero", "masked_select", "unique"}
 MIXES = {"__getitem__", "__setitem__", "__set__", "set_", "type_as", "load_state_dict", "copy_"}
