@@ -3,7 +3,7 @@
 begun, done      a part was started, and came to its end
 figure, row      what it measured
 failure          what was wrong
-skipped          what there was no time for
+skipped          what there was no time for, or what this machine can't measure
 limits           the machine's limits, as that process measured them
 """
 

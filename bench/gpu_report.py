@@ -75,7 +75,7 @@ def print_table(found: Findings, seconds: float) -> None:
     print()
     print(report.table(HEAD, [cells(model, figure) for model, figure in found.figures]))
     if found.skipped:
-        print("Left out for lack of time: " + "; ".join(found.skipped))
+        print("Left out: " + "; ".join(found.skipped))
     for failure in found.failures[:MOST_FAILURES]:
         print(f"FAILED {failure}")
     if len(found.failures) > MOST_FAILURES:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.bench import report
 from tokenmill.bench.gpu_journal import Journal
 from tokenmill.bench.gpu_models import Sizes
-from tokenmill.bench.gpu_speed import Figure
+from tokenmill.bench.gpu_speed import CannotMeasure, Figure
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,9 @@ class Check:
             faulthandler.dump_traceback_later(limit, exit=True)
         try:
             work()
+        except CannotMeasure as reason:
+            self.journal.note("skipped", name=f"{name} ({reason})")
+            print(f"{name}: skipped: {reason}", flush=True)
         except Exception as error:  # a part of a check that breaks is a finding, not the end of the check
             self._report(name, error)
         finally:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tokenmill.engine.engine import Engine
 
 
+class CannotMeasure(Exception):
+    """What a part needs isn't to be had on this machine; the message says why. That isn't a failure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """One line of the table: a rate and its limit, or a share; `target` as issue 5 has it, in the same unit."""
@@ -134,7 +138,10 @@ def sampler_share(engine: Engine, rounds: int, target: float) -> Figure:
 
 
 def idle_share(engine: Engine, batch: int, steps: int, target: float) -> Figure:
-    """The part of the time in a steady decode in which no kernel ran, by torch's profiler."""
+    """The part of the time in a steady decode in which no kernel ran, by torch's profiler.
+
+    Raises CannotMeasure where the profiler can't be used, as on a machine that hides the GPU's counters.
+    """
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
@@ -149,9 +156,17 @@ def idle_share(engine: Engine, batch: int, steps: int, target: float) -> Figure:
         engine.add(Add(10_000_000 + number, job.prompt, params))
     for _ in range(20):
         engine.step()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            engine.step()
+    try:
+        profiler: Any = profile(activities=[ProfilerActivity.CUDA])
+        profiler.start()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it knows one of the activities
+        clear(engine)
+        raise CannotMeasure(
+            f"torch's profiler doesn't start: {' '.join(str(error).split())[:200]}"
+        ) from error
+    for _ in range(steps):
+        engine.step()
+    profiler.stop()
     clear(engine)
     spans = [
         (event.time_range.start, event.time_range.end)
@@ -159,7 +174,7 @@ def idle_share(engine: Engine, batch: int, steps: int, target: float) -> Figure:
         if event.device_type == DeviceType.CUDA
     ]
     if not spans:
-        raise RuntimeError("the profiler saw no kernel")
+        raise CannotMeasure("torch's profiler sees no kernel here")
     busy, whole = covered(spans)
     note = f"{len(spans)} kernels and copies over {whole / 1e3:.1f} ms, batch {batch}, profiler on"
     return Figure("idle in a steady decode", 1 - busy / whole, "of the time", None, target, note)

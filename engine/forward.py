@@ -32,8 +32,8 @@ from tokenmill.engine.sequential import SequentialModel
 
 PROFILE_TOKENS = 8192
 PROFILE_BLOCKS = 1
-SMALL_STEPS = ((1,), (1, 20))
-"""Tokens of each sequence: a decode that no graph runs, and a short prompt beside one."""
+SMALL_STEPS = ((1,), (1, 7), (1, 15), (1, 20))
+"""Tokens of each sequence: a decode that no graph runs, and short prompts beside one, for each tile of the products."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, Stat
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
 from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
 from tokenmill.engine.kernel_choice import configured_kernels
-from tokenmill.engine.kernel_set import ReferenceKernels
+from tokenmill.engine.kernel_set import Adjustments, Penalties, ReferenceKernels
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
@@ -111,14 +111,30 @@ class ModelRunner:
             self.sampler.counts(),
             capture or CudaCapture(device),
         )
-        self._compile_first_draws(self.graphs)
+        self._compile_what_graphs_leave_out(self.graphs)
 
     @torch.inference_mode()
-    def _compile_first_draws(self, graphs: DecodeGraphs) -> None:
-        """A prompt's first token is drawn outside of graphs, from logits as they are: not while a client waits."""
-        settings = draw_settings(graphs.rows.first(1))
+    def _compile_what_graphs_leave_out(self, graphs: DecodeGraphs) -> None:
+        """Sampling of what no graph samples, and the copies of forks: compiled now, not while a client waits.
+
+        That is a prompt's first token, bias, masks of grammars, log-probabilities. All run on rows that are padding.
+        """
+        one = graphs.rows.first(1)
+        settings = draw_settings(one)
+        logits, nobody, counts = graphs.logits[:1], one["lines"], self.sampler.counts()
+        rates = one["repetition"], one["presence"], one["frequency"]
+        zeros = torch.zeros_like(nobody)
+        bias = zeros, zeros, one["presence"]
+        mask = zeros, torch.zeros(1, -(-logits.shape[1] // 32), dtype=torch.int32, device=self.device)
+        masked = self.kernels.adjust(logits, Adjustments(bias, (), mask))
+        penalties = Penalties(nobody, *counts, *rates)
+        penalized = self.kernels.adjust(logits, Adjustments(bias, (penalties, penalties)))
         for filtered in (False, True):
-            self.kernels.draw(graphs.logits[:1], settings, filtered=filtered)
+            self.kernels.draw(logits, settings, filtered=filtered)
+            self.kernels.draw(masked, settings, filtered=filtered)
+            self.kernels.draw(penalized, settings, filtered=filtered, counted=(nobody, counts[0]))
+        self.kernels.token_logprobs(logits, zeros, 0)
+        self.forward.copy_blocks(nobody, nobody)
 
     @torch.inference_mode()
     def capture_next(self) -> bool:

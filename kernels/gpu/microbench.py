@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows
-from tokenmill.kernels.gpu.linear_config import MEASURED, candidates
 from tokenmill.kernels.gpu.norms import RowNorm
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
 
@@ -312,39 +311,3 @@ def measure(kind: str, device: torch.device, limits: Limits, overlap: bool = Fal
             "limit_microseconds": bound * 1e6,
             "share_of_limit": bound / seconds,
         }
-
-
-def measure_all(device: torch.device, overlap: bool = False) -> list[Row]:
-    """The rows of all `KINDS`, with limits measured first."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise RuntimeError("there is nothing to time without a CUDA device")
-    limits = measure_limits(device)
-    return [row for kind in KINDS for row in measure(kind, device, limits, overlap)]
-
-
-def measure_linear_configs(
-    device: torch.device, outputs: int, inputs: int, activation: str | None
-) -> list[Row]:
-    """Every tiling that `linear_config` chooses among, timed for one bfloat16 weight and one row, best first.
-
-    This is where entries of `linear_config.MEASURED` come from. `outputs` are the weight's rows.
-    """
-    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    columns, bits = outputs // (1 if activation is None else 2), 16
-    key = columns, inputs, activation is not None, bits
-    weights, x, space = (
-        _weights(make(outputs, inputs), "bf16"),
-        make(1, inputs),
-        gpu.make_linear_workspace(device),
-    )
-    keywords = {"activation": activation, "out": make(1, columns), "workspace": space}
-    before = MEASURED.pop(key, None)
-    rows: list[Row] = []
-    for config in candidates(inputs, bits):
-        MEASURED[key] = config
-        seconds = seconds_of([partial(gpu.linear, x, weight, **keywords) for weight in weights])
-        rows.append({"config": str(config), "microseconds": seconds * 1e6})
-    del MEASURED[key]
-    if before is not None:
-        MEASURED[key] = before
-    return sorted(rows, key=lambda row: float(row["microseconds"]))

@@ -18,8 +18,6 @@ from tokenmill.kernels.gpu.jit import check_cuda, jit, jit_with_runtime, next_po
 from tokenmill.kernels.gpu.logprobs import next_best
 from tokenmill.kernels.gpu.overlap import launch_options, wait_for_inputs
 
-SCORINGS = ("softmax", "sigmoid")
-
 _PAIRS = tl.constexpr(1024)
 
 
@@ -34,7 +32,6 @@ def _route_kernel(
     TOP: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -54,11 +51,7 @@ def _route_kernel(
     weights = tl.zeros((BLOCK_TOP,), tl.float32)
     for rank in tl.static_range(TOP):
         last, last_id = next_best(x, candidates, last, last_id)
-        if SIGMOID:
-            score = 1.0 / (1.0 + tl.exp(-last))
-        else:
-            score = tl.exp(last - highest) / normalizer
-        weights = tl.where(ranks == rank, score, weights)
+        weights = tl.where(ranks == rank, tl.exp(last - highest) / normalizer, weights)
         chosen = tl.where(active, tl.minimum(last_id, X - 1), -1)
         tl.store(ids_ptr + token * TOP + rank, chosen)
     if RENORMALIZE:
@@ -70,20 +63,16 @@ def route(
     logits: Tensor,
     top: int,
     *,
-    scoring: str = "softmax",
     renormalize: bool = True,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token from router logits [T, X]: (ids [T, top] int32, weights [T, top] float32).
 
-    Best first, equal logits by rising id. `scoring` turns logits into weights (softmax over all experts, or
-    sigmoid); `renormalize` makes a token's weights sum to one. A token whose `slots` [T] int64 entry is -1 is
-    padding: its ids are -1 and no expert runs for it.
+    Best first, equal logits by rising id. Weights are the softmax over all experts; `renormalize` makes a token's
+    sum to one. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1 and no expert runs for it.
     """
     check_cuda(logits)
     tokens, experts = logits.shape
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, not {scoring!r}")
     if not 1 <= top <= experts:
         raise ValueError(f"top must be from 1 to {experts}, not {top}")
     ids = torch.empty(tokens, top, dtype=torch.int32, device=logits.device)
@@ -92,7 +81,7 @@ def route(
         _route_kernel[(tokens,)](
             logits, logits.stride(0), logits if slots is None else slots, ids, weights, experts,
             TOP=top, BLOCK_TOP=next_power_of_2(top), BLOCK_X=max(16, next_power_of_2(experts)),
-            SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, SLOTS=slots is not None, num_warps=1,
+            RENORMALIZE=renormalize, SLOTS=slots is not None, num_warps=1,
             **launch_options(),
         )  # fmt: skip
     return ids, weights

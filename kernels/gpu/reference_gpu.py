@@ -72,13 +72,12 @@ def route(
     logits: Tensor,
     top: int,
     *,
-    scoring: str = "softmax",
     renormalize: bool = True,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Twin of `moe_routing.route`."""
     logits = logits.float()
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1)
     ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top]
     weights = scores.gather(-1, ids)
     if renormalize:

@@ -13,8 +13,8 @@ import torch
 
 from tokenmill.bench import gpu_check, gpu_correct, gpu_runner
 from tokenmill.bench.gpu_journal import Findings, Journal
-from tokenmill.bench.gpu_models import SHAPES, build_module, rehearsal, shrunk
-from tokenmill.bench.gpu_speed import Figure, covered
+from tokenmill.bench.gpu_models import SHAPES, build_module, make_engine, rehearsal, shrunk
+from tokenmill.bench.gpu_speed import Figure, covered, idle_share
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
@@ -117,6 +117,36 @@ def test_a_part_that_raises_fails_alone(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "test_gpu_check.py" in out, "the place is shown"
     assert "second: 0.0 s" in out
+
+
+def test_a_profiler_that_can_not_be_used_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it doesn't start, and where it sees no kernel."""
+
+    class Refusing:
+        def __init__(self, activities: object) -> None:
+            raise AssertionError("No activities specified for the profiler")
+
+    class Blind:
+        def __init__(self, activities: object) -> None:
+            self.start = self.stop = self.events = list
+
+    sizes = rehearsal()
+    fields = sizes.shapes["Qwen3-0.6B"]
+    engine = make_engine(fields, torch.device("cpu"), torch.float32, max_context=512, max_batch=1)
+    monkeypatch.setattr(engine, "step", list)
+    journal = Journal(tmp_path / "journal")
+    check = gpu_runner.Check(torch.device("cpu"), sizes, 100, 0, journal)
+    for name, profiler in (("refused", Refusing), ("blind", Blind)):
+        monkeypatch.setattr(torch.profiler, "profile", profiler)
+        check.attempt(name, lambda: idle_share(engine, 1, 2, 0.005))
+    found = Findings.read(journal)
+    assert not found.failures
+    assert found.skipped == [
+        "refused (torch's profiler doesn't start: No activities specified for the profiler)",
+        "blind (torch's profiler sees no kernel here)",
+    ]
 
 
 def test_what_a_process_had_begun_is_not_run_again(tmp_path: Path) -> None:

@@ -36,12 +36,21 @@ def test_drafts_change_nothing(plain: LLM) -> None:
     assert output.accepted_drafts > 0
 
 
-def test_forks_and_preemption(plain: LLM) -> None:
+def test_forks(plain: LLM) -> None:
     three = SamplingParams(temperature=1, seed=2, n=3, max_tokens=4, ignore_eos=True)
     expected = [choice.token_ids for choice in plain.generate([PROMPTS[0]], three)[0].choices]
-    llm = make(True, num_blocks=6, overlap=True)
+    llm = make(True, overlap=True)
     choices = llm.generate([PROMPTS[0]], three)[0].choices
     assert [choice.token_ids for choice in choices] == expected
+
+
+def test_preemption_changes_nothing(plain: LLM) -> None:
+    """Each of three sequences needs a second block of the five as soon as its first token is drawn."""
+    prompts = [[n] * 15 for n in (40, 50, 60)]
+    llm = make(True, num_blocks=5, overlap=True)
+    ours, theirs = (one.generate(prompts, GREEDY) for one in (llm, plain))
+    assert [x.choices[0].token_ids for x in ours] == [x.choices[0].token_ids for x in theirs]
+    assert llm.engine.scheduler.preemptions > 0
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "qwen3_moe", "smollm3"])

@@ -159,4 +159,4 @@ def test_profiling_runs_steps_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(runner.forward, "_logits", watched)
     config = EngineConfig(source="", max_batch=3, max_batch_tokens=35)
     assert runner.forward._profile(runner.model, config) == 250
-    assert seen == [(1, 1), (21, 1), (35, 0)]
+    assert seen == [(1, 1), (8, 1), (16, 1), (21, 1), (35, 0)]

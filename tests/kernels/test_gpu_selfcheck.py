@@ -16,7 +16,6 @@ from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu import selfcheck
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.jit import FP8, check_toolchain
-from tokenmill.kernels.gpu.microbench import measure_all
 from tokenmill.kernels.gpu.norms import rms_norm
 from tokenmill.kernels.gpu.overlap import launch_options
 from tokenmill.kernels.gpu.selfcheck import graph, products
@@ -75,10 +74,8 @@ def test_relative_error_agrees_about_infinities() -> None:
     assert relative_error(torch.tensor([1.0, float("-inf"), float("nan")]), reference) == float("inf")
 
 
-def test_nothing_is_timed_without_a_gpu() -> None:
+def test_the_interpreter_needs_no_toolchain() -> None:
     assert check_toolchain() is None
-    with pytest.raises(RuntimeError, match="CUDA device"):
-        measure_all(CPU)
 
 
 def test_overlapping_launches_are_for_chips_only() -> None:
