@@ -14,7 +14,7 @@ def footprint_of(engine: Engine) -> Footprint:
     """The footprint of the model that `engine` has loaded."""
     size = engine.model.size
     return Footprint(
-        weight_bytes=size.weight_bytes,
+        weight_bytes=size.weight_bytes - engine.runner.kernels.saved_bytes,
         weights=size.weights,
         kv_bytes_per_token=engine.runner.forward.capacity.bytes_per_token,
         expert_bytes=size.expert_bytes,

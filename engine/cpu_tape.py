@@ -84,6 +84,7 @@ class TracingKernels(CpuKernels):
     """CpuKernels that record when they are given a stand-in."""
 
     def _finish(self, product: CpuProduct) -> CpuProduct:
+        product = super()._finish(product)
         return _TracedProduct(product.parts, product.gate)
 
     def _look_up(self, table: Tensor | PackedLinear, dtype: torch.dtype) -> Lookup:

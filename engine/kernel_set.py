@@ -89,6 +89,8 @@ class ReferenceKernels:
     """The formats in which products can hold their weights, beside the one that these come in."""
     fp8_cache = False
     """Whether the paged cache may be held in 8-bit floats."""
+    saved_bytes = 0
+    """How much less than the model's own its products' weights take, experts apart, though nothing of them is lost."""
 
     store_kv: Callable[..., None] = staticmethod(reference.store_kv)
     paged_attention: Callable[..., Tensor] = staticmethod(reference.paged_attention)

@@ -90,4 +90,5 @@ def test_weights_of_all_magnitudes_stay_plain(monkeypatch: pytest.MonkeyPatch) -
 def test_a_coded_weight_takes_three_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, coded = both(random_weight(96, 576), None, monkeypatch)
     assert len(coded.data) * 4 == len(plain.data) * 3
+    assert (plain.saved_bytes, coded.saved_bytes) == (0, len(plain.data) - len(coded.data))
     assert coded.struct.exception_count * 256 < 96 * 576
