@@ -95,7 +95,12 @@ template <Format kFormat>
 class ValueSteps {
  public:
   explicit ValueSteps(const Packed& weight)
-      : w_(weight), shift_(__builtin_ctzll(static_cast<uint64_t>(weight.group))), unit_(_mm512_set1_ps(weight.unit)) {
+      : minima_(weight.minima),
+        steps_shift_(weight.group < kStep ? -1 : __builtin_ctz(static_cast<unsigned>(weight.group / kStep))),
+        scale_bytes_(weight.scale_bytes()),
+        step_bytes_(weight.step_bytes()),
+        group_bytes_(weight.group_bytes()),
+        unit_(_mm512_set1_ps(weight.unit)) {
     alignas(64) float values[16];
     for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - weight.zero_point);
     nibble_ = _mm512_load_ps(values);
@@ -104,14 +109,15 @@ class ValueSteps {
   void seek(int64_t) {}
 
   TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) const {
-    const int64_t k = step * kStep, group_bytes = w_.group_bytes();
-    const uint8_t* group = pair + (k >> shift_) * group_bytes;
-    const uint8_t* integers = group + w_.scale_bytes();
-    if (w_.group >= kStep) {
-      return tiles<16>(group, integers + (step & (w_.group / kStep - 1)) * w_.step_bytes(), to);
+    if (steps_shift_ >= 0) {
+      const uint8_t* group = pair + (step >> steps_shift_) * group_bytes_;
+      const int64_t inside = step & ((int64_t{1} << steps_shift_) - 1);
+      return tiles<16>(group, group + scale_bytes_ + inside * step_bytes_, to);
     }
-    tiles<8>(group, integers, to);
-    tiles<8>(group + group_bytes, integers + group_bytes, to + 8 * 32);
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* group = pair + (2 * step + half) * group_bytes_;
+      tiles<8>(group, group + scale_bytes_, to + half * 8 * 32);
+    }
   }
 
  private:
@@ -126,7 +132,7 @@ class ValueSteps {
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     const __m512 scale = _mm512_mul_ps((__m512)load_half(halves).part[0], unit_);
     __m512 minimum = _mm512_setzero_ps();
-    if (w_.minima) minimum = _mm512_mul_ps((__m512)load_half(halves + kPair).part[0], unit_);
+    if (minima_) minimum = _mm512_mul_ps((__m512)load_half(halves + kPair).part[0], unit_);
     return {{_mm512_permutexvar_ps(low, scale), _mm512_permutexvar_ps(high, scale)},
             {_mm512_permutexvar_ps(low, minimum), _mm512_permutexvar_ps(high, minimum)}};
   }
@@ -171,8 +177,10 @@ class ValueSteps {
     _mm512_storeu_si512(line, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
   }
 
-  const Packed& w_;
-  const int shift_;
+  // Of the weight, computed once: these take divisions.
+  const bool minima_;
+  const int steps_shift_;  // steps of a group, as a power of two; below zero: a group is half a step
+  const int64_t scale_bytes_, step_bytes_, group_bytes_;
   const __m512 unit_;
   __m512 nibble_;
 };
