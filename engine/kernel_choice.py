@@ -60,6 +60,13 @@ def select_kernels(
     return ReferenceKernels()
 
 
+def has_cpu_kernels() -> bool:
+    """Whether C++ kernels run on this CPU: they multiply bfloat16 weights at their best on every instruction set."""
+    from tokenmill.kernels.cpu import library
+
+    return os.environ.get("TOKENMILL_KERNELS", "cpu") == "cpu" and library.current() is not None
+
+
 def configured_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ReferenceKernels:
     """The kernels for `config`, with the threads that it gives them; raises LoadError where they can't do it."""
     if config.threads is not None:

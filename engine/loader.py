@@ -24,6 +24,7 @@ from tokenmill.engine.block_weight import BlockWeight
 from tokenmill.engine.checkpoint import Checkpoint, resolve
 from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
+from tokenmill.engine.kernel_choice import has_cpu_kernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.model_class import causal_lm_class, read_config
@@ -250,17 +251,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are native, not emulated."""
+    """Whether products with bfloat16 weights are at least as fast as with float32 ones."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = any(torch.cpu.get_capabilities().get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
+    return native or has_cpu_kernels()
 
 
 def _pick_dtype(wanted: DType, checkpoint: Checkpoint, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype to run in, and a word on why where it isn't plain.
 
     `auto` is the checkpoint's own. float16 has no fast CPU kernels (and overflows where bfloat16 doesn't), so
-    there it becomes bfloat16 where that is native, else float32; so do GGUF's packed blocks anywhere.
+    there it becomes bfloat16 where that is fast, else float32; so do GGUF's packed blocks anywhere.
     """
     if wanted != "auto":
         return getattr(torch, wanted), ""

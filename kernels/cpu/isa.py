@@ -36,6 +36,7 @@ X86 = (
         _AVX512 | {"avx512_bf16", "avx512_vnni"},
         (*_AVX512_OPTIONS, "-mavx512bf16", "-mavx512vnni"),
     ),
+    InstructionSet("avx512_vnni", _AVX512 | {"avx512_vnni"}, (*_AVX512_OPTIONS, "-mavx512vnni")),
     InstructionSet("avx512", _AVX512, _AVX512_OPTIONS),
     InstructionSet("avx2", _AVX2, _AVX2_OPTIONS),
 )

@@ -2,8 +2,8 @@
 
 `current()` builds on first use (seconds, then cached) and returns None where that isn't possible, after one
 warning; callers then run plain torch. Which instruction set is in use never changes the packed layouts.
-TOKENMILL_ISA=amx, avx512_bf16, avx512, avx2, neon or portable in the environment names the only set to try: to look
-for a fault, or to measure what another machine would do.
+TOKENMILL_ISA=amx, avx512_bf16, avx512_vnni, avx512, avx2, neon or portable in the environment names the only set to
+try: to look for a fault, or to measure what another machine would do.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from tokenmill.kernels.cpu.memory import arena
 BFLOAT16, FLOAT32, INT8, INT4, CODED = range(5)
 _FORMATS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
-CODED_ON = {"amx"}
-"""Instruction sets whose kernels put coded weights together in the shadow of their products."""
+CODED_ON = {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"}
+"""Instruction sets whose kernels put coded weights together beside their products."""
 EXCEPTION_RATE = 256
 """A weight stays as it is if more than one value in so many isn't among those that the code holds."""
 

@@ -106,6 +106,16 @@ def test_dtype(stored: str, wanted: Any, native: bool, loaded: str, monkeypatch:
     assert f"{loaded}{note} on cpu" in model.description
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_kernels_of_our_own_make_bfloat16_worth_while(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most CPUs have no instruction for it; torch alone then computes faster in float32."""
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "architecture": "x86_64"}
+    )
+    monkeypatch.setattr(loader, "has_cpu_kernels", lambda: kernels)
+    assert loader.computes_bfloat16(torch.device("cpu")) is kernels
+
+
 @pytest.mark.parametrize(("asked", "given"), [(None, 512), (100, 100), (512, 512)])
 def test_max_context(asked: int | None, given: int) -> None:
     assert load(tiny("llama"), max_context=asked).max_context == given

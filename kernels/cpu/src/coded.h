@@ -44,10 +44,15 @@ inline const Exception* exceptions_from(const Packed& w, int64_t step) {
                           [](const Exception& e, uint32_t s) { return e.step < s; });
 }
 
+#if defined(__AVX2__)
+TM_INLINE __m256i load_half_line(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+TM_INLINE void store_half_line(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+#endif
+
 // A weight's steps to coded ones.
 class CodeTable {
  public:
-  explicit CodeTable(const Packed& w) {
+  explicit CodeTable(const Packed& w) : upper_(w.upper) {
     std::memset(code_, kNone, sizeof code_);
     for (int i = 0; i < 16; ++i) code_[w.upper[i]] = static_cast<uint8_t>(i);
   }
@@ -86,6 +91,31 @@ class CodeTable {
     _mm512_storeu_si512(to, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
     return missing == 0;
   }
+#elif defined(__AVX2__)
+  bool four_lines(const bf16* from, uint8_t* to) const {
+    const __m256i byte = _mm256_set1_epi16(255), seven = _mm256_set1_epi8(127);
+    __m256i all = _mm256_set1_epi8(-1);
+    for (int part = 0; part < 2; ++part, from += 16, to += 32) {
+      __m256i codes[2];
+      for (int half = 0; half < 2; ++half) {
+        const __m256i left = load_half_line(from + half * 64), right = load_half_line(from + half * 64 + 32);
+        const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(left, byte), _mm256_and_si256(right, byte));
+        const __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(left, 8), _mm256_srli_epi16(right, 8));
+        const __m256i exponent = _mm256_and_si256(upper, seven);
+        __m256i code = _mm256_and_si256(_mm256_srli_epi16(upper, 4), _mm256_set1_epi8(8)), found = {};
+        for (int i = 0; i < 8; ++i) {
+          const __m256i same = _mm256_cmpeq_epi8(exponent, _mm256_set1_epi8(static_cast<char>(upper_[i])));
+          found = _mm256_or_si256(found, same);
+          code = _mm256_or_si256(code, _mm256_and_si256(same, _mm256_set1_epi8(static_cast<char>(i))));
+        }
+        all = _mm256_and_si256(all, found);
+        codes[half] = code;
+        store_half_line(to + 64 + half * 64, lower);
+      }
+      store_half_line(to, _mm256_or_si256(codes[0], _mm256_slli_epi16(codes[1], 4)));
+    }
+    return _mm256_movemask_epi8(all) == -1;
+  }
 #else
   bool four_lines(const bf16* from, uint8_t* to) const {
     bool all = true;
@@ -101,7 +131,8 @@ class CodeTable {
   }
 #endif
 
-  uint8_t code_[256];  // of an upper byte
+  const uint8_t* upper_;  // of a code; those of the lower eight have no sign
+  uint8_t code_[256];     // of an upper byte
 };
 
 // A coded weight's steps as bfloat16, in order from wherever `seek` went.
@@ -111,6 +142,8 @@ class CodedSteps {
     std::memcpy(upper_, weight.upper, sizeof upper_);
 #if defined(__AVX512BW__)
     table_ = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper_)));
+#elif defined(__AVX2__)
+    table_ = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(upper_)));
 #endif
   }
 
@@ -120,10 +153,17 @@ class CodedSteps {
     next_ = exceptions_from(w_, number);
   }
 
+  static constexpr int kParts = kStepElements / kFourLines;
+
   // The step that comes next, which is `step` of the pair, to `to` [2][16][16][2].
   TM_INLINE void unpack(const uint8_t* pair, int64_t step, bf16* to) {
-    const uint8_t* from = pair + step * kCodedStepBytes;
-    for (int i = 0; i < kStepElements / kFourLines; ++i) four_lines(from + i * kFourLinesBytes, to + i * kFourLines);
+    for (int part = 0; part < kParts; ++part) unpack_part(pair, step, part, to);
+  }
+
+  // The same, part by part.
+  TM_INLINE void unpack_part(const uint8_t* pair, int64_t step, int part, bf16* to) {
+    four_lines(pair + step * kCodedStepBytes + part * kFourLinesBytes, to + part * kFourLines);
+    if (part + 1 < kParts) return;
     for (; next_->step == number_; ++next_) to[next_->place].bits = next_->value;
     ++number_;
   }
@@ -142,6 +182,23 @@ class CodedSteps {
   }
 
   __m512i table_;
+#elif defined(__AVX2__)
+  TM_INLINE void four_lines(const uint8_t* from, bf16* to) const {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int part = 0; part < 2; ++part, from += 32, to += 16) {
+      const __m256i nibbles = load_half_line(from);
+      const __m256i codes[2] = {_mm256_and_si256(nibbles, low),
+                                _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), low)};
+      for (int half = 0; half < 2; ++half) {
+        const __m256i lower = load_half_line(from + 64 + half * 64);
+        const __m256i upper = _mm256_shuffle_epi8(table_, codes[half]);
+        store_half_line(to + half * 64, _mm256_unpacklo_epi8(lower, upper));
+        store_half_line(to + half * 64 + 32, _mm256_unpackhi_epi8(lower, upper));
+      }
+    }
+  }
+
+  __m256i table_;
 #else
   void four_lines(const uint8_t* from, bf16* to) const {
     for (int i = 0; i < kFourLines; ++i) to[i].bits = coded_value(from, CodedPlace(i), upper_);

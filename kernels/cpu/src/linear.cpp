@@ -18,6 +18,7 @@
 
 #include "api.h"
 #include "coded.h"
+#include "fold_task.h"
 #include "grouped_task.h"
 #include "integers.h"
 #include "piece_task.h"
@@ -45,11 +46,15 @@ void unpacked(const Call& call, const Operand<T>& operand, const Part& part) {
 #if defined(__AMX_BF16__)
   if constexpr (kAmx<T, bf16>) {
     if (part.last - part.first <= kBlock) {
-      return RingTask<Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
+      RingTask<Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
+    } else {
+      by_pieces<T, Unpacked<Steps>>(call, operand, part);
     }
-  }
+  } else
 #endif
-  by_pieces<T, Unpacked<Steps>>(call, operand, part);
+  {
+    FoldTask<T, Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
+  }
 }
 
 #if defined(__AMX_BF16__)

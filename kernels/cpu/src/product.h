@@ -78,6 +78,12 @@ struct Beside {
   }
 };
 
+// A weight in the nearest cache has nothing to ask for.
+template <int kLinesAStep>
+struct Beside<kLinesAStep, Nothing> : Nothing {
+  Beside(const bf16*, int64_t, Nothing) {}
+};
+
 // One of the two inputs of a line, as float32.
 template <int kOdd>
 TM_INLINE F half_line(const bf16* line) {

@@ -34,9 +34,15 @@ class Stream {
 
   TM_INLINE void next(bf16* step) {
     steps_.unpack(pair_, step_, step);
-    if (++step_ < count_) return;
-    step_ = 0;
-    pair_ += w_.pair_bytes();
+    advance();
+  }
+
+  // The next step part by part, asking for as much.
+  TM_INLINE void next_part(int part, bf16* step) {
+    const int64_t bytes = step_bytes_ / Steps::kParts;
+    ask_ahead(pair_ + step_ * step_bytes_ + part * bytes, bytes);
+    steps_.unpack_part(pair_, step_, part, step);
+    if (part + 1 == Steps::kParts) advance();
   }
 
   TM_INLINE void ask() const { ask_ahead(pair_ + step_ * step_bytes_, step_bytes_); }
@@ -44,6 +50,12 @@ class Stream {
   int64_t steps() const { return count_; }
 
  private:
+  TM_INLINE void advance() {
+    if (++step_ < count_) return;
+    step_ = 0;
+    pair_ += w_.pair_bytes();
+  }
+
   void to(int64_t pair, int64_t step) {
     pair_ = w_.pair(pair);
     step_ = step;
