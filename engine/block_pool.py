@@ -9,8 +9,10 @@ A block is in exactly one of four states:
 
 A full block's content is named by (name of the block before it, its token ids). Names of contents are
 never used twice, and a dict compares the token ids themselves, so two different prefixes can't be taken for
-each other however their hashes fall. The free queue is least-recently-freed first. New blocks are taken before
-cached ones, but only until `history` blocks are cached: a process then stays as large as its work needs.
+each other however their hashes fall. What stands before a first block is its request's salt: a salt is known
+for as long as a content or a sequence names it, and no list of salts grows. The free queue is
+least-recently-freed first. New blocks are taken before cached ones, but only until `history` blocks are
+cached: a process then stays as large as its work needs.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-ContentKey = tuple[int, tuple[int, ...]]
+ContentName = int | str
+"""Of a content, or, as a text, the salt under which a prompt begins."""
+ContentKey = tuple[ContentName, tuple[int, ...]]
 
 
 @dataclass(slots=True)
 class Prefix:
-    """Blocks found for the beginning of a prompt, and the name of the last one's content."""
+    """Blocks found for the beginning of a prompt, and the name that the next one continues."""
 
+    name: ContentName
     blocks: list[int] = field(default_factory=list)
-    name: int = 0
 
 
 class BlockPool:
@@ -46,7 +50,6 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[ContentKey, int] = {}
         self._content_of: dict[int, tuple[ContentKey, int]] = {}
-        self._roots: dict[str, int] = {}
         self._names = count(1)
 
     @property
@@ -71,15 +74,12 @@ class BlockPool:
         """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
-    def root(self, salt: str) -> int:
-        """The name that the first block of a prompt continues; salts never share."""
-        if salt not in self._roots:
-            self._roots[salt] = next(self._names)
-        return self._roots[salt]
-
     def match(self, tokens: Sequence[int], salt: str = "") -> Prefix:
-        """The longest cached prefix of `tokens` in whole blocks, leaving at least one token to compute."""
-        prefix = Prefix(name=self.root(salt))
+        """The longest cached prefix of `tokens` in whole blocks, leaving at least one token to compute.
+
+        Salts never share.
+        """
+        prefix = Prefix(salt)
         for start in range(0, len(tokens) - self.block_size, self.block_size):
             block = self._block_of.get((prefix.name, tuple(tokens[start : start + self.block_size])))
             if block is None:
@@ -130,7 +130,7 @@ class BlockPool:
                 if block not in self._content_of:
                     self._free.move_to_end(block, last=False)
 
-    def commit(self, block: int, before: int, tokens: Sequence[int]) -> int:
+    def commit(self, block: int, before: ContentName, tokens: Sequence[int]) -> int:
         """Name the content of a held block that is now full; returns the name for the next block to continue.
 
         When the same content is cached already, that block keeps the name and this one stays private.

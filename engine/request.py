@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from tokenmill.engine.block_pool import ContentName
 from tokenmill.engine.grammar import Matcher
 from tokenmill.engine.messages import Add, FinishReason
 from tokenmill.engine.ngram_proposer import Proposer
@@ -43,8 +44,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     committed: int = 0
     """Leading blocks whose content is named in the pool."""
-    content: int = 0
-    """Name of the last committed block's content."""
+    content: ContentName = ""
+    """Name of the last committed block's content; the salt while there is none."""
     slot: int = -1
     """Row of the runner's persistent state while running."""
     children: list[Sequence] = field(default_factory=list)

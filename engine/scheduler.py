@@ -266,7 +266,7 @@ class Scheduler:
             if partial:
                 step.copies.append((parent.blocks[full], blocks[full]))
             child.blocks = blocks
-            child.committed, child.content = 0, self.pool.root(child.salt)
+            child.committed, child.content = 0, child.salt
             child.num_computed = parent.num_computed
             child.prompt_scored = len(parent.prompt)
             child.cached_tokens = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,6 +57,24 @@ def test_salts_do_not_share() -> None:
     fill(pool, list(range(9)), salt="a")
     assert pool.match(list(range(9)), "b").blocks == []
     assert len(pool.match(list(range(9)), "a").blocks) == 2
+
+
+class Salt(str):
+    """A salt whose end can be seen."""
+
+
+def test_a_salt_lasts_as_long_as_its_contents() -> None:
+    pool = BlockPool(4, SIZE)
+    alive: weakref.WeakSet[Salt] = weakref.WeakSet()
+    for number in range(100):
+        salt = Salt(number)
+        alive.add(salt)
+        pool.release(fill(pool, list(range(2 * SIZE + 1)), salt))
+        assert len(pool.match(list(range(2 * SIZE + 1)), salt).blocks) == 2
+        pool.check_integrity()
+    del salt
+    gc.collect()
+    assert sorted(alive, key=int) == ["98", "99"], "four blocks hold the contents of two"
 
 
 def test_content_stays_findable_until_its_block_is_needed() -> None:
