@@ -34,7 +34,7 @@ class EngineClient(FrameClient[FromEngine, DeltaSink]):
         """The request has ended by itself."""
         self._sinks.pop(request, None)
 
-    def _on_frame(self, payload: memoryview) -> None:
+    def _on_frame(self, payload: bytes) -> None:
         message = from_engine_decoder.decode(payload)
         if isinstance(message, Outputs):
             now = time.monotonic()

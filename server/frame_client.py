@@ -84,7 +84,9 @@ class FrameClient(asyncio.Protocol, ABC, Generic[Message, Sink]):
             end = start + HEADER.size + length
             if len(buffer) < end:
                 break
-            self._on_frame(memoryview(buffer)[start + HEADER.size : end])
+            # A copy: an exception that a sink keeps keeps its callers' variables, and a bytearray of which there is
+            # a view can't be resized.
+            self._on_frame(bytes(memoryview(buffer)[start + HEADER.size : end]))
             start = end
         if start:
             del buffer[:start]
@@ -97,5 +99,5 @@ class FrameClient(asyncio.Protocol, ABC, Generic[Message, Sink]):
         self._listener.on_lost(self.lost)
 
     @abstractmethod
-    def _on_frame(self, payload: memoryview) -> None:
+    def _on_frame(self, payload: bytes) -> None:
         """One message has come."""

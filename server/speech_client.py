@@ -28,7 +28,7 @@ class SpeechClient(FrameClient[FromSpeech, ClipSink]):
         self._sinks.pop(clip, None)
         self._send(Hush(clip))
 
-    def _on_frame(self, payload: memoryview) -> None:
+    def _on_frame(self, payload: bytes) -> None:
         message = from_speech_decoder.decode(payload)
         if isinstance(message, Spoken):
             sink = self._sinks.pop(message.clip, None) if message.last else self._sinks.get(message.clip)

@@ -89,6 +89,30 @@ def test_frames_survive_any_division(cuts: list[int]) -> None:
     assert [(delta.choice, delta.token_ids) for delta in recorder.deltas] == [(0, [1, 2]), (1, [])]
 
 
+class KeepsErrors(Recorder):
+    """A sink that keeps an exception, and with it the frames of all who called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[Exception] = []
+
+    def on_delta(self, delta: Delta, now: float) -> None:
+        super().on_delta(delta, now)
+        try:
+            raise ValueError("kept")
+        except ValueError as error:
+            self.errors.append(error)
+
+
+def test_an_exception_that_is_kept_holds_no_frame() -> None:
+    sink = KeepsErrors()
+    client = EngineClient(sink)
+    client.add(Add(7, [1], SamplingParams()), sink)
+    for token in range(3):
+        client.data_received(encode_frame(Outputs([Delta(7, 0, [token])])))
+    assert [delta.token_ids for delta in sink.deltas] == [[0], [1], [2]]
+
+
 def test_client_speaks_to_the_engine_and_hears_of_its_end() -> None:
     async def talk() -> tuple[Recorder, bytes]:
         ours, theirs = socket.socketpair()
