@@ -13,7 +13,7 @@ import copy
 import json
 import re
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +23,9 @@ from tokenmill.engine.messages import TokenizerInfo
 
 if TYPE_CHECKING:
     from tokenmill.engine.chat_template import ChatTemplate
+
+KEPT_LIBRARIES = 16
+"""The library's objects that are kept. A model has one, or two where special tokens in a text must stay text."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -118,9 +121,7 @@ class Tokenizer:
     @cached_property
     def _splitting(self) -> tokenizers.Tokenizer:
         """A second instance for `split_special`: the setting is the object's, which threads share."""
-        library = _load(self.info.tokenizer_json)
-        library.encode_special_tokens = True
-        return library
+        return _load(self.info.tokenizer_json, split_special=True)
 
     def view(self, chat_template: str | None = None, visible: Collection[int] = ()) -> Tokenizer:
         """The same tokenizer with another chat template, or with special tokens that decode like plain ones.
@@ -304,7 +305,11 @@ def text_stream(
     return kind(tokenizer, prompt, skip_special_tokens)
 
 
-def _load(serialised: str) -> tokenizers.Tokenizer:
+@lru_cache(maxsize=KEPT_LIBRARIES)
+def _load(serialised: str, split_special: bool = False) -> tokenizers.Tokenizer:
+    """One object for the same content, since those that are dropped leave memory behind: a model that was restarted
+    or loaded again encodes with the one that it had.
+    """
     try:
         library = tokenizers.Tokenizer.from_str(serialised)
     except Exception as error:  # the library raises bare Exception
@@ -312,4 +317,5 @@ def _load(serialised: str) -> tokenizers.Tokenizer:
     # A file may carry the settings of its training runs.
     library.no_truncation()
     library.no_padding()
+    library.encode_special_tokens = split_special
     return library

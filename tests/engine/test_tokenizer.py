@@ -205,6 +205,17 @@ def test_settings_of_training_are_dropped() -> None:
     assert len(Tokenizer(info(library)).encode("abcd")) == 5
 
 
+def test_a_tokenizer_made_again_is_the_librarys_same_object() -> None:
+    def contents() -> TokenizerInfo:
+        return info(byte_level())
+
+    loaded, again = Tokenizer(contents()), Tokenizer(contents())
+    assert again._library is loaded._library
+    assert again._splitting is loaded._splitting
+    assert again._splitting is not loaded._library
+    assert Tokenizer(info(metaspace()))._library is not loaded._library
+
+
 def test_a_broken_tokenizer_is_one_value_error() -> None:
     with pytest.raises(ValueError, match="can't be read"):
         Tokenizer(TokenizerInfo(tokenizer_json="{}", vocab_size=0))
