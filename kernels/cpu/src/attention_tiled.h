@@ -81,15 +81,25 @@ class TiledVectorTiles {
  private:
   static constexpr int kSteps = kTile / kCacheStep;
 
+  // Memory to ask for beside a product, `lines` with each of its own: a core has few buffers for what is under way.
+  struct Asking {
+    const bf16* from;
+    int64_t lines;
+
+    TM_INLINE void operator()(int64_t n) const {
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + (n * lines + i) * 32, 0, 2);
+    }
+  };
+
   // Raw scores of the tile's first `steps` runs.
   void score(int64_t first, int rows, int steps) const {
     std::memset(scores_, 0, static_cast<size_t>(rows) * kTile * 4);
     for (int step = 0; step < steps; ++step) {
-      if (alone_) ask_for_run(values_[step], value_size_);
       const Lines<bf16> keys{keys_[step], kPair, 16 * key_size_, 16 * kPair};
+      const Asking asking{values_[step], alone_ ? divide_up(2 * value_size_, key_size_) : 0};
       in_row_blocks(rows, [&](int r, auto height) {
         dot_pair<decltype(height)::value>(queries_ + (first + r) * key_size_, key_size_, keys, key_size_ / kStep,
-                                          scores_ + r * kTile + step * kCacheStep, kTile, Nothing{});
+                                          scores_ + r * kTile + step * kCacheStep, kTile, asking);
       });
     }
   }
@@ -135,17 +145,18 @@ class TiledVectorTiles {
   // The state's rows += weights x values, two tiles of columns at a time. Meanwhile the keys that are awaited are
   // asked for.
   void add_values(int rows, int steps, const State& state) const {
+    const int64_t lines = divide_up(key_size_, divide_up(value_size_, kPair) * 16);
     for (int64_t e = 0; e < value_size_; e += kPair) {
       for (int step = 0; step < steps; ++step) {
-        if (e == 0 && awaited_[step]) ask_for_run(awaited_[step], key_size_);
         const Lines<bf16> values{values_[step] + 2 * e, 2 * value_size_, kPair, 0};
+        const Asking asking{awaited_[step] + e / kPair * 16 * lines * 32, awaited_[step] ? lines : 0};
         in_row_blocks(rows, [&](int r, auto height) {
           constexpr int R = decltype(height)::value;
           const float* weights = scores_ + r * kTile + step * kCacheStep;
           if (e + kLanes < value_size_) {
-            dot_pair<R>(weights, kTile, values, 1, state.row(r) + e, state.width, Nothing{});
+            dot_pair<R>(weights, kTile, values, 1, state.row(r) + e, state.width, asking);
           } else {
-            dot_tiles<R, 1>(weights, kTile, values, 1, state.row(r) + e, state.width, Nothing{});
+            dot_tiles<R, 1>(weights, kTile, values, 1, state.row(r) + e, state.width, asking);
           }
         });
       }
