@@ -160,23 +160,43 @@ inline IntegerRows integer_rows(const bf16* x, const Packed& w, int64_t rows) {
   return {to, padded, steps, count};
 }
 
-// A pair's integers group by group: units of 32 inputs, or of 16 where a group has no more.
+// How a weight's integers come: in units of 32 inputs, or of 16 where a group has no more. Computed once, since it takes
+// divisions, and what stores may reach is loaded again after each.
+struct UnitShape {
+  const int64_t depth;  // inputs
+  const int64_t scale_bytes, step_bytes, group_bytes;
+  const int64_t count;     // units of a pair
+  const int64_t in_group;  // of a group
+  const bool scaled, minima;
+
+  explicit UnitShape(const Packed& w)
+      : depth(w.depth()),
+        scale_bytes(w.scale_bytes()),
+        step_bytes(w.step_bytes()),
+        group_bytes(w.group_bytes()),
+        count(w.padded_in() / depth),
+        in_group(divide_up(w.group, depth)),
+        scaled(!w.row_wide()),
+        minima(w.minima) {}
+};
+
+// A pair's units one after the other.
 struct Units {
-  const Packed& w;
+  const UnitShape& shape;
   const uint8_t* group;
   int64_t index = 0;   // of the unit in the pair
   int64_t inside = 0;  // and in its group
 
-  explicit Units(const Packed& weight, int64_t pair) : w(weight), group(weight.pair(pair)) {}
+  Units(const UnitShape& of, const uint8_t* pair) : shape(of), group(pair) {}
 
-  const uint8_t* integers() const { return group + w.scale_bytes() + inside * w.step_bytes(); }
+  const uint8_t* integers() const { return group + shape.scale_bytes + inside * shape.step_bytes; }
   const uint16_t* scales() const { return reinterpret_cast<const uint16_t*>(group); }
-  int64_t input() const { return index * w.depth(); }
-  void next() {
+  int64_t input() const { return index * shape.depth; }
+  TM_INLINE void next() {
     ++index;
-    if (++inside * w.depth() < w.group) return;
+    if (++inside < shape.in_group) return;
     inside = 0;
-    group += w.group_bytes();
+    group += shape.group_bytes;
   }
 };
 
@@ -201,30 +221,29 @@ TM_INLINE void add_line(const int16_t* x, int64_t stride, const uint8_t* two, in
 template <int R, int kTiles, class Source>
 TM_INLINE void add_unit(const IntegerRows& rows, int64_t first, const Units& unit, const uint8_t* from, int tile,
                         float* sums) {
-  const Packed& w = unit.w;
-  const int depth = w.depth();
-  const int64_t tile_bytes = depth / 4 * Source::kTwo;
+  const int64_t depth = unit.shape.depth, tile_bytes = depth / 4 * Source::kTwo, count = rows.count;
+  const bool scaled = unit.shape.scaled, minima = unit.shape.minima;
   const int16_t* x = rows.x + first * rows.stride + unit.input();
-  const IntegerRows::Step* step = rows.steps + first * rows.count + unit.input() / kStep;
+  const IntegerRows::Step* step = rows.steps + first * count + unit.input() / kStep;
   I part[R][kTiles];
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < kTiles; ++t) part[r][t] = splat(step[r * rows.count].zero);
+    for (int t = 0; t < kTiles; ++t) part[r][t] = splat(step[r * count].zero);
   }
   from += tile * tile_bytes;
-  for (int k = 0; k < depth; k += 4, from += Source::kTwo) {
+  for (int64_t k = 0; k < depth; k += 4, from += Source::kTwo) {
     add_line<Source, 0>(x + k, rows.stride, from, tile_bytes, part);
     add_line<Source, 1>(x + k, rows.stride, from, tile_bytes, part);
   }
   for (int t = 0; t < kTiles; ++t) {
     const uint16_t* scales = unit.scales() + (tile + t) * kLanes;
-    const F scale = w.row_wide() ? splat(1.0f) : load_half(scales);
-    const F minimum = w.minima ? load_half(scales + kPair) : F{};
+    const F scale = scaled ? load_half(scales) : splat(1.0f);
+    const F minimum = minima ? load_half(scales + kPair) : F{};
     float* to = sums + (tile + t) * kLanes;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r, to += kPair) {
-      const IntegerRows::Step& s = step[r * rows.count];
+      const IntegerRows::Step& s = step[r * count];
       F sum = fma(to_float(part[r][t]) * splat(s.scale), scale, load(to));
-      if (w.minima) sum = fma(minimum, splat(s.total), sum);
+      if (minima) sum = fma(minimum, splat(s.total), sum);
       store(to, sum);
     }
   }
@@ -234,18 +253,22 @@ TM_INLINE void add_unit(const IntegerRows& rows, int64_t first, const Units& uni
 class IntegerTask {
  public:
   IntegerTask(const Call& call, const IntegerRows& operand, int64_t first, int64_t last)
-      : call_(call), w_(call.weight), operand_(operand), first_(first), rows_(static_cast<int>(last - first)) {
+      : call_(call),
+        w_(call.weight),
+        shape_(call.weight),
+        operand_(operand),
+        first_(first),
+        rows_(static_cast<int>(last - first)) {
     sums_ = scratch<float>(kAccumulator, rows_ * kPair);
     if (rows_ > kIntegersTogether) wide_ = scratch<uint8_t>(kPanel, kNear * kStepElements * 2);
   }
 
   void run(int64_t pair) {
     std::memset(sums_, 0, static_cast<size_t>(rows_) * kPair * 4);
-    Units unit(w_, pair);
-    const int64_t units = w_.padded_in() / w_.depth();
-    while (unit.index < units) {
+    Units unit(shape_, w_.pair(pair));
+    while (unit.index < shape_.count) {
       if (wide_) {
-        several_blocks(unit, std::min(kNear, units - unit.index));
+        several_blocks(unit, std::min(kNear, shape_.count - unit.index));
       } else if (w_.format == kInt4) {
         one_block<NibbleLines>(unit);
       } else {
@@ -272,7 +295,7 @@ class IntegerTask {
   // The next `count` units, for all blocks of rows.
   void several_blocks(Units& unit, int64_t count) {
     const Units start = unit;
-    const int64_t bytes = w_.depth() * kPair * 2;
+    const int64_t bytes = shape_.depth * kPair * 2;
     for (int64_t i = 0; i < count; ++i, unit.next()) widen(unit.integers(), wide_ + i * bytes);
     in_row_blocks<kIntegersTogether>(rows_, [&](int first, auto height) {
       Units at = start;
@@ -285,14 +308,14 @@ class IntegerTask {
 
   void ask(const Units& unit) const {
     const uint8_t* from = unit.integers() + kSoon;
-    for (int64_t i = 0; i < w_.step_bytes(); i += 64) __builtin_prefetch(from + i, 0, 2);
+    for (int64_t i = 0; i < shape_.step_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 
   void widen(const uint8_t* from, uint8_t* to) const {
     if (w_.format == kInt4) {
-      WideLines::write<NibbleLines>(from, w_.step_bytes(), to);
+      WideLines::write<NibbleLines>(from, shape_.step_bytes, to);
     } else {
-      WideLines::write<ByteLines>(from, w_.step_bytes(), to);
+      WideLines::write<ByteLines>(from, shape_.step_bytes, to);
     }
   }
 
@@ -309,6 +332,7 @@ class IntegerTask {
 
   const Call& call_;
   const Packed& w_;
+  const UnitShape shape_;
   const IntegerRows& operand_;
   const int64_t first_;
   const int rows_;
