@@ -20,8 +20,9 @@ MOST_ERROR = 2.0
 
 def check_kernels(check: Check) -> None:
     """Every kernel against its twin, those of a kind together."""
-    from tokenmill.kernels.gpu.selfcheck import check_groups
+    from tokenmill.kernels.gpu.selfcheck import check_groups, rehearse_groups
 
+    check.compile_ahead("kernels", lambda: rehearse_groups(check.device, check.seed))
     for name, results in check_groups(check.device, check.seed).items():
         check.attempt(f"kernels: {name}", partial(_check_group, check, results))
 

@@ -208,13 +208,15 @@ def measure_limits_once(check: Check) -> None:
 
 def measure_kernels(check: Check) -> None:
     """Microbenchmarks, with overlapping launches where the chip has them."""
-    from tokenmill.kernels.gpu.microbench import KINDS, measure, measure_limits
+    from tokenmill.kernels.gpu.microbench import KINDS, measure, measure_limits, rehearse
     from tokenmill.kernels.gpu.overlap import supports_overlap
 
     if check.device.type != "cuda":
         print("  nothing to time in the interpreter")
         return
-    limits, overlap = measure_limits(check.device), supports_overlap(check.device)
+    overlap = supports_overlap(check.device)
+    check.compile_ahead("micro", lambda: rehearse(check.device, overlap))
+    limits = measure_limits(check.device)
     for kind in KINDS:
         rows = measure(kind, check.device, limits, overlap)
         check.attempt(f"micro: {kind}", partial(_time_kind, check, rows))

@@ -37,6 +37,8 @@ PROCESSES = 6
 """How often a section is begun, at most."""
 LOST_GPU = 3
 """Exit code of a section whose GPU answers no more."""
+COMPILE_S = 90.0
+"""Seconds for having a section's kernels compiled before it, at most; what is missing then is compiled in it."""
 TRACE = 1600
 """Characters of a traceback that are shown: the end, which says what and where."""
 
@@ -103,6 +105,17 @@ class Check:
                 faulthandler.cancel_dump_traceback_later()
         self.journal.note("done", name=name, seconds=time.monotonic() - began)
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+
+    def compile_ahead(self, section: str, launches: Callable[[], object]) -> None:
+        """Have what `launches` will launch compiled by all cores at once, as a part of its own."""
+        from tokenmill.kernels import gpu
+
+        def work() -> None:
+            print(
+                f"  {gpu.compile_ahead(launches)} variants of kernels weren't in Triton's cache", flush=True
+            )
+
+        self.attempt(f"{section}: compiling ahead", work, limit=COMPILE_S)
 
     def _report(self, name: str, error: Exception) -> None:
         print("…" + "".join(traceback.format_exception(error, limit=-8))[-TRACE:], flush=True)

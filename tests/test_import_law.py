@@ -40,6 +40,7 @@ WHEN_CALLED = {
     ("tokenmill.bench.gpu_check", "tokenmill.kernels"),
     ("tokenmill.bench.gpu_correct", "tokenmill.kernels"),
     ("tokenmill.bench.gpu_measure", "tokenmill.kernels"),
+    ("tokenmill.bench.gpu_runner", "tokenmill.kernels"),
 }
 LAZY_EXPORTS = "tokenmill.engine"
 """Its `__getattr__` imports what `from tokenmill.engine import LLM` asks for: nothing on import."""

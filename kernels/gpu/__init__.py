@@ -51,6 +51,7 @@ _HOMES = {
     "interleaved": "fp8_matmul",
     "overlapping_launches": "overlap",
     "supports_overlap": "overlap",
+    "compile_ahead": "ahead",
     "compile_all": "warmup",
     "ModelShapes": "warmup",
     "check_toolchain": "jit",

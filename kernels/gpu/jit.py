@@ -51,9 +51,20 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
+def _keyed(kernel: Any) -> Any:
+    """The kernel, its key in Triton's cache made now, after those of what it calls, which stands above it.
+
+    In Triton 3.6 a key depends on which of these were made before: made at the first launch, it would differ from
+    process to process.
+    """
+    if not INTERPRETED:
+        _ = kernel.cache_key
+    return kernel
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` with a type."""
-    return triton.jit(function)
+    return _keyed(triton.jit(function))
 
 
 def jit_with_runtime(*names: str, anywhere: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -65,9 +76,10 @@ def jit_with_runtime(*names: str, anywhere: tuple[str, ...] = ()) -> Callable[[C
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return triton.jit(
+        kernel = triton.jit(
             function, do_not_specialize=list(names), do_not_specialize_on_alignment=list(anywhere)
         )
+        return _keyed(kernel)
 
     return decorate
 

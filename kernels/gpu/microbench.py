@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -282,6 +283,14 @@ KINDS: dict[str, Callable[[torch.device], Iterator[Work]]] = {
     "sampler": _sampler,
     "8-bit products": _products,
 }
+
+
+def rehearse(device: torch.device, overlap: bool = False) -> None:
+    """Call each kernel once as `measure` does, whatever becomes of it: for `compile_ahead`."""
+    for make in KINDS.values():
+        for work in make(device):
+            with suppress(Exception), gpu.overlapping_launches(overlap and gpu.supports_overlap(device)):
+                work.calls[0]()
 
 
 def measure(kind: str, device: torch.device, limits: Limits, overlap: bool = False) -> Iterator[Row]:

@@ -8,6 +8,7 @@ mustn't be, shows as an infinite error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 
@@ -29,6 +30,15 @@ _EVERYWHERE: dict[str, _Group] = {
     "experts": products.experts,
 }
 _ON_A_CHIP: dict[str, _Group] = {"graph": graph.graph, "overlap": graph.overlap, "fp8_crowds": fp8.crowds}
+
+
+def rehearse_groups(device: torch.device, seed: int) -> None:
+    """Call what the checks everywhere launch, whatever becomes of their results: for `compile_ahead`."""
+    trial = make_trial(device, seed)
+    for check in _EVERYWHERE.values():
+        with suppress(Exception):  # the check itself will say so
+            for _ in check(trial):
+                pass
 
 
 def check_groups(device: torch.device, seed: int) -> dict[str, Iterator[CheckResult]]:

@@ -107,8 +107,8 @@ def experts(trial: Trial) -> Iterator[CheckResult]:
         }.items():
             for tile in (16, 64):
                 out = poisoned(tokens, 72, dtype=dtype, device=trial.device)
-                gpu.mixture(x, ids, weights, gate_up, down, "silu", tile_rows=tile, out=out)
-                expected = reference_gpu.mixture(x, ids, weights, gate_up, down, "silu")
+                gpu.mixture(x, *wanted, gate_up, down, "silu", tile_rows=tile, out=out)
+                expected = reference_gpu.mixture(x, *wanted, gate_up, down, "silu")
                 error = relative_error(out, expected)
                 what = label(f"mixture, {name}, tiles of {tile}", dtype)
                 yield CheckResult(what, error, TOLERANCE[dtype])
