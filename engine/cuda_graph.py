@@ -238,6 +238,14 @@ class DecodeGraphs:
             self._missing.clear()
         return bool(self._missing)
 
+    def rehearse(self) -> None:
+        """Call what capturing will call, on rows that are padding; nothing is captured."""
+        self.rows.pad()
+        for bucket in self._missing:
+            self._run_forward(bucket)
+            self._draw(bucket, full=False)
+            self._draw(bucket, full=True)
+
     def _run_forward(self, bucket: int) -> None:
         tokens = self._last_tokens[self.rows["rows"][:bucket]]
         self._forward(tokens, self.rows, self.logits[:bucket])

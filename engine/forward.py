@@ -117,12 +117,23 @@ class PagedForward:
         """
         tokens, device = config.max_batch_tokens or PROFILE_TOKENS, model.device
         rows = min(tokens, config.max_batch)
-        for counts in SMALL_STEPS:
-            self._run_dry(counts, device)
+        largest = [tokens // rows] * (rows - 1) + [tokens - tokens // rows * (rows - 1)]
+
+        def run_small_steps() -> None:
+            for counts in SMALL_STEPS:
+                self._run_dry(counts, device)
+
+        def run_steps() -> None:
+            run_small_steps()
+            self._run_dry(largest, device)
+
+        if isinstance(self._logits, Decoder) and config.tensor_parallel == 1:  # ranks must stay in step
+            self._kernels.compile_ahead(run_steps)
+        run_small_steps()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        self._run_dry([tokens // rows] * (rows - 1) + [tokens - tokens // rows * (rows - 1)], device)
+        self._run_dry(largest, device)
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
         torch.cuda.empty_cache()

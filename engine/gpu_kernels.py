@@ -12,7 +12,7 @@ that captured graphs may keep their addresses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +94,9 @@ class GpuKernels(ReferenceKernels):
     def overlapping(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = gpu.overlapping_launches(self.overlaps)
         return context
+
+    def compile_ahead(self, launches: Callable[[], object]) -> None:
+        gpu.compile_ahead(launches)
 
     # ---------------------------------------------------------------- attention
 

@@ -117,6 +117,9 @@ class ReferenceKernels:
         """Inside it a step's kernels may begin before the last ones have ended; for steps that are captured."""
         return nullcontext()
 
+    def compile_ahead(self, launches: Callable[[], object]) -> None:
+        """Have what `launches` will launch compiled, where that takes time; kernels that it calls here don't run."""
+
     def plan_attention(self, decodes: int) -> AttentionPlans | None:
         """What a step's layers share; its first `decodes` rows have one token each."""
         return None

@@ -111,7 +111,16 @@ class ModelRunner:
             self.sampler.counts(),
             capture or CudaCapture(device),
         )
+        self.kernels.compile_ahead(self._rehearse)
         self._compile_what_graphs_leave_out(self.graphs)
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Call what `_compile_what_graphs_leave_out` and the captures will launch."""
+        assert self.graphs is not None
+        self._compile_what_graphs_leave_out(self.graphs)
+        with self.kernels.overlapping():
+            self.graphs.rehearse()
 
     @torch.inference_mode()
     def _compile_what_graphs_leave_out(self, graphs: DecodeGraphs) -> None:

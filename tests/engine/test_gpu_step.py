@@ -23,6 +23,7 @@ def test_a_decode_step_compiles_and_never_asks_the_device() -> None:
     assert "can't be captured" not in done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["progress"] == 1
+    assert not found["unrehearsed"], "what is compiled ahead isn't what is captured"
     assert {
         "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel", "prefill_kernel",
         "adjust_kernel", "threshold_kernel", "choose_kernel", "activation_mul_kernel",
