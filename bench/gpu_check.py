@@ -24,12 +24,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenmill.bench.gpu_correct import check_kernels, check_texts
 from tokenmill.bench.gpu_journal import Findings, Journal
 from tokenmill.bench.gpu_measure import free, measure_fp8, measure_kernels, measure_model, measure_peer
 from tokenmill.bench.gpu_models import SHAPES, Sizes, rehearsal
-from tokenmill.bench.gpu_report import print_table, write_results
+from tokenmill.bench.gpu_report import draw_results, print_table, write_results
 from tokenmill.bench.gpu_runner import RESERVE_S, Check, supervise
 from tokenmill.bench.machine import describe_versions
 
@@ -105,6 +106,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the check; 0 when nothing failed, or when there is no GPU to check."""
+    began = time.monotonic()  # importing torch for the first time may take a minute
     args = _arguments(argv)
     if args.rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "TOKENMILL_KERNELS": "triton"}
@@ -128,24 +130,30 @@ def main(argv: list[str] | None = None) -> int:
         run_unit(check, args.unit, sections)
         sys.stdout.flush()
         os._exit(0)  # without taking down what the GPU holds, which the system does as well
-    began = time.monotonic()
     journal.file.unlink(missing_ok=True)
     print(f"seed {args.seed}, {describe_versions()}", flush=True)
     sections = _without_missing(sections, journal)
     wanted = units(sections, [name for name in sizes.shapes if name in args.models])
-    if args.one_process:
-        check = Check(device, sizes, args.budget, args.seed, journal)
-        for unit in wanted:
+    check = Check(device, sizes, args.budget, args.seed, journal)
+    for unit in wanted:
+        if args.one_process:
             run_unit(check, unit, sections)
-    else:
-        for unit in wanted:
+        else:
             left = args.budget - RESERVE_S / 2 - (time.monotonic() - began)
             supervise(unit, partial(_command, args, unit), journal, min(left, UNIT_S))
-    found, seconds = Findings.read(journal), time.monotonic() - began
-    about = {"sections": args.sections, "models": args.models, "seed": args.seed, "seconds": seconds}
-    write_results(found, args.out, about)
-    print_table(found, seconds)
+        write_results(Findings.read(journal), args.out, _about(args, began))
+    found = Findings.read(journal)
+    file = write_results(found, args.out, _about(args, began))
+    print(f"\nResults in {file}")
+    draw_results(found, args.out)
+    print_table(found, time.monotonic() - began)
     return 1 if found.failures else 0
+
+
+def _about(args: argparse.Namespace, began: float) -> dict[str, Any]:
+    """The run's own fields of the results."""
+    seconds = time.monotonic() - began
+    return {"sections": args.sections, "models": args.models, "seed": args.seed, "seconds": seconds}
 
 
 def _without_missing(sections: set[str], journal: Journal) -> set[str]:

@@ -49,7 +49,10 @@ def _measure_fp8(check: Check, quantization: str) -> None:
     if engine is None or limits is None:
         return
     if quantization == "fp8_dynamic" and check.device.type == "cuda":
-        limits = dataclasses.replace(limits, matmul_flops_per_s=fp8_matmul_rate(check.device))
+        rate = check.value(f"{name}: limit in 8 bits", lambda: fp8_matmul_rate(check.device))
+        if not rate:
+            return
+        limits = dataclasses.replace(limits, matmul_flops_per_s=rate)
     size = engine.model.size
     head = fields["vocab_size"] * fields["hidden_size"]  # stays as it was
     engine.model.size = dataclasses.replace(size, weight_bytes=size.weights + head)
@@ -88,17 +91,11 @@ def measure_model(check: Check, sections: set[str], name: str) -> None:
 
 def _engine_of(check: Check, name: str, fields: dict[str, Any], **settings: Any) -> Engine | None:
     """The engine to measure, all its steps captured, and the machine's limits; None where it can't be had."""
-    engines: list[Engine] = []
     check.attempt(f"{name}: limits", lambda: measure_limits_once(check), again=True)
-    check.attempt(
-        f"{name}: building the engine, capturing its steps",
-        lambda: engines.append(_make(check, fields, **settings)),
-        needs=45.0,
-        again=True,
-    )
-    if not engines:
+    building = f"{name}: building the engine, capturing its steps"
+    engine = check.value(building, lambda: _make(check, fields, **settings), needs=45.0)
+    if engine is None:
         return None
-    engine = engines[0]
     graphs = engine.runner.graphs
     if graphs is None or graphs.progress < 1:
         check.fail(f"{name}: not every decode step could be captured")
@@ -208,7 +205,7 @@ def measure_limits_once(check: Check) -> None:
 
 def measure_kernels(check: Check) -> None:
     """Microbenchmarks, with overlapping launches where the chip has them."""
-    from tokenmill.kernels.gpu.microbench import KINDS, measure, measure_limits, rehearse
+    from tokenmill.kernels.gpu.microbench import KINDS, fp8_matmul_rate, measure, measure_limits, rehearse
     from tokenmill.kernels.gpu.overlap import supports_overlap
 
     if check.device.type != "cuda":
@@ -216,7 +213,11 @@ def measure_kernels(check: Check) -> None:
         return
     overlap = supports_overlap(check.device)
     check.compile_ahead("micro", lambda: rehearse(check.device, overlap))
-    limits = measure_limits(check.device)
+    limits = check.value("micro: limits", lambda: measure_limits(check.device))
+    if limits is None:
+        return
+    rate = check.value("micro: limit in 8 bits", lambda: fp8_matmul_rate(check.device))
+    limits = dataclasses.replace(limits, fp8_operations_per_second=rate or 0.0)
     for kind in KINDS:
         rows = measure(kind, check.device, limits, overlap)
         check.attempt(f"micro: {kind}", partial(_time_kind, check, rows))

@@ -17,8 +17,8 @@ MOST_FAILURES = 40
 """Lines of failures that the summary shows: the end of an output is what a remote machine hands back."""
 
 
-def write_results(found: Findings, folder: Path, about: dict[str, Any]) -> None:
-    """One JSON file, and a picture where matplotlib is installed. `about`: the run's own fields."""
+def write_results(found: Findings, folder: Path, about: dict[str, Any]) -> Path:
+    """One JSON file, written anew; returns it. `about`: the run's own fields."""
     result = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": "tokenmill.bench.gpu_check",
@@ -32,9 +32,14 @@ def write_results(found: Findings, folder: Path, about: dict[str, Any]) -> None:
         "part_seconds": found.seconds,
         **found.rows,
     }
-    file = folder / "gpu-check.json"
-    file.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    print(f"\nResults in {file}")
+    file, new = folder / "gpu-check.json", folder / "gpu-check.json.new"
+    new.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    new.replace(file)
+    return file
+
+
+def draw_results(found: Findings, folder: Path) -> None:
+    """A picture, where there are figures and matplotlib is installed."""
     if found.figures:
         try:
             draw(found, folder / "gpu-check.png")

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenmill.bench import report
 from tokenmill.bench.gpu_journal import Journal
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from tokenmill.bench.roofline import Limits
 
+Value = TypeVar("Value")
 RESERVE_S = 20.0
 """Seconds kept back for writing the results down."""
 PROCESSES = 6
@@ -105,6 +106,12 @@ class Check:
                 faulthandler.cancel_dump_traceback_later()
         self.journal.note("done", name=name, seconds=time.monotonic() - began)
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+
+    def value(self, name: str, make: Callable[[], Value], *, needs: float = 5.0) -> Value | None:
+        """What a part makes that the others need, so that each process makes it again; None where it fails."""
+        made: list[Value] = []
+        self.attempt(name, lambda: made.append(make()), needs=needs, again=True)
+        return made[0] if made else None
 
     def compile_ahead(self, section: str, launches: Callable[[], object]) -> None:
         """Have what `launches` will launch compiled by all cores at once, as a part of its own."""

@@ -77,6 +77,19 @@ def test_what_the_budget_does_not_hold_is_left_out(
     assert "Left out: kernels; texts; " in capsys.readouterr().out
 
 
+def test_a_run_that_is_ended_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_unit(check: gpu_runner.Check, unit: str, sections: set[str]) -> None:
+        if unit == "micro":
+            raise KeyboardInterrupt
+        check.add("m", Figure("decode", 90, "tok/s"))
+
+    monkeypatch.setattr(gpu_check, "run_unit", run_unit)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--rehearse", "--one-process", "--sections", "kernels,micro", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [figure["value"] for figure in result["figures"]] == [90]
+
+
 def test_sections_and_models_choose_what_runs() -> None:
     models = ["a", "b", "c"]
     assert gpu_check.units({"logits"}, models) == models
@@ -147,6 +160,12 @@ def test_a_profiler_that_can_not_be_used_is_no_failure(
         "refused (torch's profiler doesn't start: No activities specified for the profiler)",
         "blind (torch's profiler sees no kernel here)",
     ]
+
+
+def test_what_others_need_is_made_by_each_process(tmp_path: Path) -> None:
+    made = [make_check(tmp_path).value("limits", lambda: 7) for _ in range(2)]
+    assert made == [7, 7]
+    assert make_check(tmp_path).value("nothing", lambda: 1 / 0) is None
 
 
 def test_what_a_process_had_begun_is_not_run_again(tmp_path: Path) -> None:
