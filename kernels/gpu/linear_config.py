@@ -51,6 +51,16 @@ def linear_config(outputs: int, inputs: int, gated: bool, bits: int) -> LinearCo
     return measured or _modelled(outputs, inputs, gated, bits)
 
 
+def stages_that_fit(config: LinearConfig, block_k: int, rows_bytes: int, bits: int) -> int:
+    """The stages that a multiprocessor has room for, `config.stages` at the most; sums don't depend on them.
+
+    `rows_bytes` an input for a tile's rows, `bits` a weight, twice that of a gated one. float32 rows beside float32
+    or 8-bit weights take more than the table counts on.
+    """
+    stage = block_k * (rows_bytes + config.block_n * bits // 8)
+    return min(config.stages, 1 + _SHARED_BYTES // stage)
+
+
 @functools.cache
 def _modelled(outputs: int, inputs: int, gated: bool, bits: int) -> LinearConfig:
     """The candidate with the least predicted time; among equals the first."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenmill.kernels.gpu.activation import activate, check_activation
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, jit_with_runtime, next_power_of_2, tl
-from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, wide_config
+from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, stages_that_fit, wide_config
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale, tile_of_program
 from tokenmill.kernels.gpu.norms import LANES, WARPS, RowNorm, chunks, inverse_rms
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
@@ -257,6 +257,8 @@ def linear(
     if norm is not None:
         _check_norm(x, config)
     tiles = ceil_div(rows, tile_rows), ceil_div(outputs, config.block_n)
+    block_k = 2 * group or config.block_k
+    stages = stages_that_fit(config, block_k, tile_rows * x.element_size(), bits * (2 if gated else 1))
     floats = config.splits * rows * outputs * (1 if activation is None else 2)
     if config.splits == 1:
         workspace = LinearWorkspace(out, out)
@@ -272,8 +274,8 @@ def linear(
         0 if residual is None else residual.stride(0),
         x if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset,
-        BLOCK_M=tile_rows, BLOCK_N=config.block_n, BLOCK_K=2 * group or config.block_k,
-        GROUP=group, STAGES=config.stages, SPLITS=config.splits, SCALED=data is not weight and not group,
+        BLOCK_M=tile_rows, BLOCK_N=config.block_n, BLOCK_K=block_k,
+        GROUP=group, STAGES=stages, SPLITS=config.splits, SCALED=data is not weight and not group,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation or "",
         LINES=min(16, next_power_of_2(inputs * bits // (1024 * config.splits))),
         NORM_ROWS=0 if norm is None else 1 if rows == 1 else NORM_ROWS,

@@ -84,6 +84,37 @@ def test_the_matmuls_use_the_matrix_units(kernels: list[dict[str, Any]]) -> None
             assert not kernel["mma"], kernel
 
 
+FLOAT32 = """
+import json, torch
+from tokenmill.kernels import gpu
+from tokenmill.kernels.gpu.jit import FP8
+from tokenmill.kernels.gpu.offline import META, compiling_for
+
+def product(inputs, outputs, dtype, activation):
+    weight = torch.empty(outputs, inputs, dtype=dtype, device=META)
+    if dtype == FP8:
+        weight = gpu.QuantizedWeight(weight, torch.empty(outputs, device=META), 0)
+    gpu.linear(torch.empty(20, inputs, device=META), weight, activation=activation)
+
+with compiling_for(90) as compiled:
+    product(128, 512, torch.float32, "silu")  # tiles of 16 outputs
+    product(2048, 16384, torch.float32, "silu")
+    product(4096, 28672, FP8, "silu")
+print(json.dumps([kernel.shared for kernel in compiled]))
+"""
+
+
+def test_float32_rows_fit_beside_wide_weights() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", FLOAT32], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = json.loads(done.stdout.splitlines()[-1])
+    assert shared
+    assert max(shared) <= SHARED_LIMIT, shared
+
+
 def test_steps_of_other_sizes_need_no_other_variants() -> None:
     """A kernel that is compiled for the first time in a step keeps everybody waiting for a second."""
     program = Path(__file__).with_name("gpu_variants.py")
