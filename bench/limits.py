@@ -42,7 +42,7 @@ def measure_limits(device: str = "cpu", dtype: str = "bfloat16", threads: int | 
             device="cpu",
             dtype=dtype,
             read_bytes_per_s=_read_rate(),
-            matmul_flops_per_s=_matmul_rate(place, kind, CPU_MATMUL),
+            matmul_flops_per_s=_cpu_matmul_rate(kind),
             threads=torch.get_num_threads(),
         )
     finally:
@@ -64,6 +64,13 @@ def _copy_rate(device: torch.device) -> float:
     source = torch.empty(GPU_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * GPU_COPY_BYTES / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _cpu_matmul_rate(dtype: torch.dtype) -> float:
+    """In `dtype` or, where the CPU has no instruction for it and torch emulates one, in float32."""
+    import torch
+
+    return max(_matmul_rate(torch.device("cpu"), kind, CPU_MATMUL) for kind in {dtype, torch.float32})
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -111,9 +112,17 @@ def test_footprint_of_a_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_small_limits")
-def test_limits_leave_torch_as_it_was() -> None:
-    import torch
+def test_without_bfloat16_in_the_cpu_its_limit_is_that_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.bfloat16: 6e10, torch.float32: 3e11}
+    monkeypatch.setattr(limits, "_matmul_rate", lambda device, dtype, size: rates[dtype])
+    monkeypatch.setattr(limits, "_read_rate", lambda: 1.0)
+    assert measure_limits(dtype="bfloat16").matmul_flops_per_s == 3e11
+    rates[torch.bfloat16] = 2e12
+    assert measure_limits(dtype="bfloat16").matmul_flops_per_s == 2e12
+    assert measure_limits(dtype="float32").matmul_flops_per_s == 3e11
 
+
+def test_limits_leave_torch_as_it_was() -> None:
     before = torch.get_num_threads()
     found = measure_limits("cpu", "float32", threads=1)
     assert found.threads == 1
