@@ -24,6 +24,7 @@ from tokenmill.server.auth import read_keys
 from tokenmill.server.config import BUILT_IN, MOST_RANKS, Config, Entry
 from tokenmill.server.config_file import ConfigError, load_config
 from tokenmill.server.console import Console
+from tokenmill.server.descriptors import open_standard, raise_limit
 from tokenmill.server.engine_process import ENGINE_COMMAND, EngineProcess
 from tokenmill.server.logs import configure
 from tokenmill.server.plan import make_plan, spawn_preloaded
@@ -49,8 +50,18 @@ class StartError(Exception):
     """The server can't start. One line."""
 
 
+def _settle_home() -> None:
+    """Give a user id that the system doesn't know, as containers run under, the home that a login would: /."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
+
+
 def main(argv: Sequence[str] | None = None, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Run a sub-command; returns the exit code. Tests bring an `engine_command` of their own."""
+    open_standard()
+    _settle_home()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["tiny"]:
         from tokenmill.engine import tiny
@@ -132,6 +143,7 @@ def _serve(
     options: argparse.Namespace, engine_command: Sequence[str], processes: dict[str, EngineProcess]
 ) -> int:
     begun = time.monotonic()
+    raise_limit()
     config = make_config(options)
     listener = listen(config.server.host, config.server.port)
     keys, admin_keys = read_keys(config.server.api_keys_env), read_keys(config.server.admin_keys_env)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from chat_live import CHAT_ENGINE, CONFIG
 from live_server import MODEL, ONE_MODEL, LiveServer
+from served import CONFIG as SERVED
+from served import Serve, Served
 from waiting import eventually
 
 from tokenmill.server.config_file import parse_config
@@ -61,3 +64,19 @@ def chat_server() -> Iterator[LiveServer]:
     with LiveServer(parse_config(CONFIG), engine=CHAT_ENGINE) as live:
         eventually(lambda: live.client.get("/health").json()["status"] == "ok")
         yield live
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts servers in processes of their own: `serve(yaml_text, *options, …)`, as `Served` takes them."""
+    running: list[Served] = []
+
+    def begin(config: str = SERVED, *options: str, **others: str) -> Served:
+        running.append(Served(tmp_path, config, *options, **others))
+        return running[-1]
+
+    yield begin
+    for served in running:
+        if served.process.poll() is None:
+            served.process.kill()
+        served.process.wait()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
+import pwd
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from live_server import FAKE_ENGINE
+from served import CONFIG, Serve
 from waiting import PATIENCE_S, alive, eventually, paused
 
 from tokenmill.engine.messages import LoadFailed, Loading, Ready, TokenizerInfo
@@ -26,13 +23,6 @@ from tokenmill.server.console import Console
 from tokenmill.server.stop_signals import stop_signals
 from tokenmill.server.version import VERSION
 
-RUN = """
-import sys
-from tokenmill.server.cli import main
-code = main(sys.argv[2:], (sys.executable, *sys.argv[1].split()))
-print("imported:", [name for name in ("torch", "transformers") if name in sys.modules], file=sys.stderr)
-sys.exit(code)
-"""
 DEAF = """
 import sys, time
 class Deaf:
@@ -47,91 +37,6 @@ class Deaf:
 sys.meta_path.insert(0, Deaf())
 """
 """Importing what the server needs takes very long, and drops whatever exception is raised meanwhile."""
-CONFIG = 'models: {toy/echo: {source: "fake:step_s=0.01", max_context: 100000}}'
-
-
-class Served:
-    """A `tokenmill serve` process over the scripted engine."""
-
-    def __init__(self, folder: Path, config: str, *options: str, mode: str = "", before: str = "") -> None:
-        path = folder / "served.yaml"
-        path.write_text(config)
-        command = [sys.executable, "-c", before + RUN, f"{FAKE_ENGINE} --mode={mode}"]
-        arguments = ["serve", "--config", str(path), "--port", "0", *options]
-        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
-        try:
-            self.process = subprocess.Popen(
-                [*command, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder
-            )
-        finally:
-            signal.signal(signal.SIGHUP, before)
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def log(self) -> str:
-        return "".join(self.lines)
-
-    @property
-    def url(self) -> str:
-        eventually(lambda: "starting on" in self.log or self.process.poll() is not None)
-        found = re.search(r"starting on (\S+)", self.log)
-        assert found is not None, self.log
-        return found.group(1)
-
-    def wait_ready(self) -> None:
-        eventually(lambda: "ready after" in self.log)
-
-    def engines(self) -> list[int]:
-        """Process ids of its engines, by their session's parent."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
-
-    def end(self, number: signal.Signals) -> int:
-        """Send a signal; the exit code, once all of the log is here."""
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        """The exit code, once all of the log is here."""
-        code = self.process.wait(timeout=PATIENCE_S)
-        self._reader.join(timeout=PATIENCE_S)
-        return code
-
-    def ask(self, path: str, method: str = "POST", **options: Any) -> httpx.Response:
-        """Any request."""
-        return httpx.request(method, self.url + path, timeout=PATIENCE_S, **options)
-
-    def metrics(self) -> str:
-        """`GET /metrics`."""
-        return self.ask("/metrics", "GET").text
-
-    def complete(self, **options: Any) -> httpx.Response:
-        """`POST /v1/completions`."""
-        return self.ask("/v1/completions", **options)
-
-
-Serve = Callable[..., Served]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    running: list[Served] = []
-
-    def begin(config: str = CONFIG, *options: str, mode: str = "", before: str = "") -> Served:
-        running.append(Served(tmp_path, config, *options, mode=mode, before=before))
-        return running[-1]
-
-    yield begin
-    for served in running:
-        if served.process.poll() is None:
-            served.process.kill()
-        served.process.wait()
 
 
 def stream_in_thread(url: str, tokens: int) -> tuple[threading.Thread, list[str]]:
@@ -146,6 +51,20 @@ def stream_in_thread(url: str, tokens: int) -> tuple[threading.Thread, list[str]
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     return thread, lines
+
+
+def test_a_user_without_an_entry_has_a_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert VERSION in capsys.readouterr().out
+    assert Path.home() == Path("/")
 
 
 def test_serves_and_tells_how(serve: Serve) -> None:
