@@ -79,10 +79,23 @@ class CpuKernels(ReferenceKernels):
         self.saved_bytes += sum(part.saved_bytes for part in product.parts)
         return product
 
-    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+    def make_mixture(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Mixture:
         """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
-        ups = [cpu_products.pack([w], [None], activation, self.quantization) for w in gate_up]
-        downs = [cpu_products.pack([w], [None], None, self.quantization) for w in down]
+        ups, downs = (
+            [
+                cpu_products.pack([weight], [None if bias is None else bias[i]], gate, self.quantization)
+                for i, weight in enumerate(weights)
+            ]
+            for weights, bias, gate in ((gate_up, gate_up_bias, activation), (down, down_bias, None))
+        )
 
         def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
             return reference.mix_by_expert(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tokenmill.engine import decoder_spec as spec
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.kernel_set import Mixture, Normalize, Product, ReferenceKernels
+from tokenmill.engine.kernel_set import Mixture, Normalize, Product, ReferenceKernels, Router
+from tokenmill.kernels.reference import Routing
 
 NOTHING = torch.empty(0)
 Sum = Callable[[Tensor, Tensor | None], Tensor]
@@ -63,10 +64,9 @@ class _Dense:
 class _Sparse:
     """A mixture of experts, with the expert that all tokens share."""
 
-    router: Product
+    router: Router
     mix: Mixture
-    top: int
-    renormalize: bool
+    routing: Routing
     shared: _Dense | None
     shared_gate: Product | None
 
@@ -136,10 +136,15 @@ class Decoder:
     def _sparse(self, experts: spec.Experts) -> _Sparse:
         make, gate = self._kernels.make_exact, experts.shared_gate
         sparse = _Sparse(
-            router=make(experts.router.weight, None),
-            mix=self._kernels.make_mixture(experts.gate_up, experts.down, experts.activation),
-            top=experts.top,
-            renormalize=experts.renormalize,
+            router=self._kernels.make_router(experts.router.weight, experts.router.bias),
+            mix=self._kernels.make_mixture(
+                experts.gate_up,
+                experts.down,
+                experts.activation,
+                gate_up_bias=experts.gate_up_bias,
+                down_bias=experts.down_bias,
+            ),
+            routing=experts.routing,
             shared=None if experts.shared is None else self._dense(experts.shared),
             shared_gate=None if gate is None else make(gate.weight, gate.bias),
         )
@@ -257,9 +262,7 @@ class Decoder:
 
     def _mix(self, sparse: _Sparse, normed: Tensor, residual: Tensor | None, *, slots: Tensor) -> Tensor:
         """The chosen experts' sum, plus the shared one's, plus the residual."""
-        ids, weights = self._kernels.route(
-            sparse.router(normed, None), sparse.top, renormalize=sparse.renormalize, slots=slots
-        )
+        ids, weights = self._kernels.route(sparse.router(normed), sparse.routing, slots)
         if sparse.shared is not None:
             hidden = self._raise(sparse.shared, normed)
             if sparse.shared_gate is None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenmill.engine.block_weight import Weight
+from tokenmill.kernels.reference import Routing
 
 
 @dataclass(slots=True)
@@ -66,18 +67,19 @@ class MLP:
 
 @dataclass(slots=True)
 class Experts:
-    """A mixture of gated experts, of which `top` are chosen by a softmax over `router`'s outputs [X].
+    """A mixture of gated experts, chosen by `routing` from `router`'s outputs [X].
 
-    `gate_up` [X, 2 * I, in] holds each gate before its up rows, `down` is [X, out, I]. `renormalize`: the chosen
-    weights sum to one. `shared` is an expert for every token, times the sigmoid of `shared_gate` where that is given.
+    `gate_up` [X, 2 * I, in] holds each gate before its up rows, `down` is [X, out, I]; biases are [X, 2 * I] and
+    [X, out]. `shared` is an expert for every token, times the sigmoid of `shared_gate` where that is given.
     """
 
     router: Linear
     gate_up: Tensor
     down: Tensor
-    top: int
-    renormalize: bool
+    routing: Routing
     activation: str
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     shared: MLP | None = None
     shared_gate: Linear | None = None
 

@@ -25,6 +25,7 @@ from tokenmill.engine.decoder_spec import (
     Rope,
     replace_tensors,
 )
+from tokenmill.kernels.reference import Routing
 
 
 class NotUnderstood(ValueError):
@@ -177,8 +178,7 @@ def _experts(part: nn.Module) -> Experts:
         router=Linear(weight),
         gate_up=gate_up,
         down=down,
-        top=top,
-        renormalize=_renormalizes(router, weight, top),
+        routing=Routing(top, _renormalizes(router, weight, top)),
         activation=_activation(_one_of(experts, "act_fn")),
         shared=None if shared is None else _mlp(shared),
         shared_gate=None if gate is None else _linear(gate),

@@ -184,12 +184,23 @@ class GpuKernels(ReferenceKernels):
         except ValueError as error:
             raise LoadError(f"quantization {self.quantization}: {error}") from None
 
-    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+    def make_mixture(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Mixture:
         if self.quantization == "fp8_dynamic":
             raise LoadError("quantization fp8_dynamic isn't done for a mixture of experts yet; say fp8")
         gate_up, down = self._quantized(gate_up), self._quantized(down)
         tile = DECODE_TILE if self.deterministic else None
-        mix = partial(gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile)
+        biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+        mix = partial(
+            gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile, **biases
+        )
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
 
     def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:

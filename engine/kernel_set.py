@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenmill.engine.block_weight import Weight, join, join_biases
 from tokenmill.engine.config import Quantization
@@ -22,6 +24,8 @@ Normalize = Callable[[Tensor], Tensor]
 """x [T, hidden] → what the products that follow take."""
 Lookup = Callable[[Tensor], Tensor]
 """ids [T] int64 → rows [T, hidden] of the embedding."""
+Router = Callable[[Tensor], Tensor]
+"""x [T, in] → [T, X] float32."""
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], expert ids [T, k] int32 (-1: none), weights [T, k] float32, residual [T, out] or None → [T, out]."""
 Entries = tuple[Tensor, Tensor, Tensor]
@@ -145,16 +149,30 @@ class ReferenceKernels:
         return product
 
     def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
-        """A product whose weight stays as it is where others are quantized: a router."""
+        """A product whose weight stays as it is where others are quantized."""
         return self.make_linear([weight], [bias], None)
+
+    def make_router(self, weight: Weight, bias: Tensor | None) -> Router:
+        """Router logits. What they choose is all or nothing, so neither weight nor result is rounded."""
+        wide, added = join([weight]).float(), None if bias is None else bias.float()
+        return lambda x: functional.linear(x.float(), wide, added)
 
     def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
         """The product that brings logits."""
         return self.make_exact(weight, bias)
 
-    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
-        """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]."""
-        return lambda x, ids, weights, residual: reference.mixture(
+    def make_mixture(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        *,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Mixture:
+        """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I], biases alike."""
+        mix = partial(reference.mixture, gate_up_bias=gate_up_bias, down_bias=down_bias)
+        return lambda x, ids, weights, residual: mix(
             x, ids, weights, gate_up, down, activation, residual=residual
         )
 

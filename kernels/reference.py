@@ -13,11 +13,32 @@ queries are its last ones: query i of row r stands at position `seq_lens[r] - q_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-5
+
+
+@dataclass(slots=True)
+class Routing:
+    """How the `top` experts of a token, and their weights, follow from its router logits [X].
+
+    Scores are a softmax over all experts, or each logit's own sigmoid. Chosen are the best scores plus `bias` [X];
+    where there are several `groups` of X / groups neighbours each, only among the experts of the `top_groups` best,
+    a group being worth its two best together. Weights are the scores of the chosen without the bias, made to sum
+    to one with `renormalize`, times `scale`.
+    """
+
+    top: int
+    renormalize: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    bias: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -327,23 +348,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return out if residual is None else residual + out
 
 
-def route(
-    logits: Tensor, top: int, *, renormalize: bool = True, slots: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token from router logits [T, X]: (ids [T, top] int32, weights [T, top] float32).
 
-    Weights are a softmax over all experts, made to sum to one with `renormalize`. Best first, equal logits by
-    rising id. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1, its weights zero.
+    Best first, equal ones by rising id. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1,
+    its weights zero.
     """
     logits = logits.float()
-    ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top]
-    weights = logits.softmax(-1).gather(-1, ids)
-    if renormalize:
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    # Without a bias the logits' own order, in which no two are equal that weren't.
+    worth = logits if routing.bias is None and routing.groups == 1 else scores
+    if routing.bias is not None:
+        worth = worth + routing.bias.float()
+    if routing.groups > 1:
+        worth = worth.masked_fill(~_in_best_groups(worth, routing.groups, routing.top_groups), float("-inf"))
+    ids = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, : routing.top]
+    weights = scores.gather(-1, ids)
+    if routing.renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * routing.scale
     if slots is not None:
         padding = (slots < 0)[:, None]
         ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)
     return ids.int(), weights
+
+
+def _in_best_groups(worth: Tensor, groups: int, top_groups: int) -> Tensor:
+    """Which experts [T, X] are in a group whose two best are together among the `top_groups` most."""
+    grouped = worth.view(len(worth), groups, -1)
+    totals = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    chosen = torch.sort(totals, dim=-1, descending=True, stable=True).indices[:, :top_groups]
+    kept = torch.zeros_like(totals, dtype=torch.bool).scatter_(-1, chosen, True)
+    return kept[..., None].expand_as(grouped).flatten(1)
 
 
 def mix_by_expert(
@@ -376,13 +412,19 @@ def mixture(
     down: Tensor,
     activation: str,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gated experts: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I]; see `mix_by_expert`."""
-    return mix_by_expert(
-        x,
-        ids,
-        weights,
-        lambda i, rows: linear(activation_mul(linear(rows, gate_up[i]), activation), down[i]),
-        residual,
-    )
+    """Gated experts: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I], biases [X, 2 * I] and [X, out].
+
+    See `mix_by_expert`.
+    """
+
+    def expert(i: int, rows: Tensor) -> Tensor:
+        hidden = linear(rows, gate_up[i], None if gate_up_bias is None else gate_up_bias[i])
+        return linear(
+            activation_mul(hidden, activation), down[i], None if down_bias is None else down_bias[i]
+        )
+
+    return mix_by_expert(x, ids, weights, expert, residual)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenmill.kernels.gpu.jit import check_cuda, jit, jit_with_runtime, next_power_of_2, tl
 from tokenmill.kernels.gpu.logprobs import next_best
 from tokenmill.kernels.gpu.overlap import launch_options, wait_for_inputs
+from tokenmill.kernels.reference import Routing
 
 _PAIRS = tl.constexpr(1024)
 
@@ -59,20 +60,16 @@ def _route_kernel(
     tl.store(weights_ptr + token * TOP + ranks, tl.where(active, weights, 0.0), mask=ranks < TOP)
 
 
-def route(
-    logits: Tensor,
-    top: int,
-    *,
-    renormalize: bool = True,
-    slots: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token from router logits [T, X]: (ids [T, top] int32, weights [T, top] float32).
 
-    Best first, equal logits by rising id. Weights are the softmax over all experts; `renormalize` makes a token's
-    sum to one. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1 and no expert runs for it.
+    Best first, equal ones by rising id. A token whose `slots` [T] int64 entry is -1 is padding: its ids are -1 and
+    no expert runs for it.
     """
     check_cuda(logits)
-    tokens, experts = logits.shape
+    (tokens, experts), top = logits.shape, routing.top
+    if routing.scoring != "softmax" or routing.bias is not None or routing.groups > 1 or routing.scale != 1.0:
+        raise ValueError(f"this kernel can't choose by {routing}")
     if not 1 <= top <= experts:
         raise ValueError(f"top must be from 1 to {experts}, not {top}")
     ids = torch.empty(tokens, top, dtype=torch.int32, device=logits.device)
@@ -81,7 +78,7 @@ def route(
         _route_kernel[(tokens,)](
             logits, logits.stride(0), logits if slots is None else slots, ids, weights, experts,
             TOP=top, BLOCK_TOP=next_power_of_2(top), BLOCK_X=max(16, next_power_of_2(experts)),
-            RENORMALIZE=renormalize, SLOTS=slots is not None, num_warps=1,
+            RENORMALIZE=routing.renormalize, SLOTS=slots is not None, num_warps=1,
             **launch_options(),
         )  # fmt: skip
     return ids, weights

@@ -68,26 +68,6 @@ def fp8_linear(
     return out.to(x.dtype)
 
 
-def route(
-    logits: Tensor,
-    top: int,
-    *,
-    renormalize: bool = True,
-    slots: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Twin of `moe_routing.route`."""
-    logits = logits.float()
-    scores = logits.softmax(-1)
-    ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top]
-    weights = scores.gather(-1, ids)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    if slots is not None:
-        padding = (slots < 0)[:, None]
-        ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)
-    return ids.int(), weights
-
-
 def mixture(
     x: Tensor,
     ids: Tensor,

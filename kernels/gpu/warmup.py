@@ -25,6 +25,7 @@ from tokenmill.kernels.gpu.offline import META, CompiledKernel, compiling_for
 from tokenmill.kernels.gpu.overlap import overlapping_launches
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
 from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS
+from tokenmill.kernels.reference import Routing
 
 Step = tuple[str, Callable[[], object]]
 
@@ -121,7 +122,7 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         ids, weights = make.ints(rows, shapes.experts_per_token), make.floats(rows, shapes.experts_per_token)
         first = make.weight(shapes, shapes.experts, 2 * inner, shapes.hidden)
         second = make.weight(shapes, shapes.experts, shapes.hidden, inner)
-        yield "route", lambda: gpu.route(router, shapes.experts_per_token, slots=make.longs(rows))
+        yield "route", lambda: gpu.route(router, Routing(shapes.experts_per_token), make.longs(rows))
         for tile in (16, 64):
             arguments = x, ids, weights, first, second, shapes.activation
             yield f"mixture, tiles of {tile}", partial(gpu.mixture, *arguments, residual=x, tile_rows=tile)

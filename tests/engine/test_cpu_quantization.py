@@ -65,12 +65,14 @@ class UnpackedKernels(ReferenceKernels):
     def make_embedding(self, weight: Tensor, head: Product | None) -> object:
         return super().make_embedding(weight if head is None else self.head, None)
 
-    def make_mixture(self, gate_up: Tensor, down: Tensor, activation: str) -> Mixture:
+    def make_mixture(
+        self, gate_up: Tensor, down: Tensor, activation: str, **biases: Tensor | None
+    ) -> Mixture:
         unpacked = [
             torch.stack([full(cpu_products.pack([w], [None], None, self.quantization)) for w in stack])
             for stack in (gate_up, down)
         ]
-        return super().make_mixture(*unpacked, activation)
+        return super().make_mixture(*unpacked, activation, **biases)
 
 
 def quantized(

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.offline import META, AbsentChip, compiling_for
 from tokenmill.kernels.gpu.overlap import overlapping_launches
+from tokenmill.kernels.reference import Routing
 
 
 def few() -> None:
@@ -32,7 +33,7 @@ def few() -> None:
         normed = gpu.rms_norm(x, weight, 1e-5)
         gpu.activation_mul(normed, "silu")
         gpu.linear(normed, torch.empty(64, 512, dtype=torch.bfloat16, device=META))
-        gpu.route(torch.empty(4, 8, device=META), 2)
+        gpu.route(torch.empty(4, 8, device=META), Routing(2))
 
 
 def compiled_by(work: Callable[[], object]) -> list[str]:

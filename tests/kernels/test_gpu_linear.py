@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenmill.kernels import gpu
+from tokenmill.kernels import gpu, reference
 from tokenmill.kernels.gpu import linear_config, reference_gpu
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.linear_config import LinearConfig
 from tokenmill.kernels.gpu.moe_routing import lay_out
 from tokenmill.kernels.gpu.quantize import QuantizedWeight, quantize_fp8, quantize_int4, quantize_int8
 from tokenmill.kernels.gpu.skinny_linear import make_linear_workspace
+from tokenmill.kernels.reference import Routing
 
 CPU = torch.device("cpu")
 # The interpreter truncates where the chip rounds to nearest.
@@ -214,9 +215,8 @@ def test_route(tokens: int, experts: int, top: int, renormalize: bool) -> None:
     logits = (random(tokens, experts) * 2).round() / 2
     slots = torch.arange(tokens) - 1
     for keywords in ({}, {"slots": slots}):
-        settings: dict[str, Any] = {"renormalize": renormalize, **keywords}
-        ids, weights = gpu.route(logits, top, **settings)
-        expected_ids, expected_weights = reference_gpu.route(logits, top, **settings)
+        ids, weights = gpu.route(logits, Routing(top, renormalize), **keywords)
+        expected_ids, expected_weights = reference.route(logits, Routing(top, renormalize), **keywords)
         assert torch.equal(ids, expected_ids)
         assert relative_error(weights, expected_weights) < 1e-6
 
@@ -245,7 +245,7 @@ def test_mixture(tile_rows: int, quantize: Callable[[Tensor], QuantizedWeight] |
     if quantize is not None:
         gate_up, down = quantize(gate_up), quantize(down)
     x, slots = random(tokens, width), torch.arange(tokens) - 2
-    ids, weights = reference_gpu.route(random(tokens, experts, seed=3), 2, slots=slots)
+    ids, weights = reference.route(random(tokens, experts, seed=3), Routing(2), slots)
     keywords: dict[str, Any] = {
         "gate_up_bias": random(experts, 2 * inner, seed=4),
         "down_bias": random(experts, 72, seed=5),
@@ -260,7 +260,7 @@ def test_mixture(tile_rows: int, quantize: Callable[[Tensor], QuantizedWeight] |
 def test_a_token_is_the_same_whoever_shares_its_experts() -> None:
     gate_up, down = random(4, 64, 32, seed=1), random(4, 32, 32, seed=2)
     x = random(20, 32)
-    ids, weights = gpu.route(random(20, 4, seed=3), 2)
+    ids, weights = gpu.route(random(20, 4, seed=3), Routing(2))
     together = gpu.mixture(x, ids, weights, gate_up, down, "gelu", tile_rows=16)
     alone = gpu.mixture(x[5:6], ids[5:6], weights[5:6], gate_up, down, "gelu", tile_rows=16)
     assert torch.equal(bits(alone), bits(together[5:6]))

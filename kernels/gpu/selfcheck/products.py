@@ -12,6 +12,7 @@ from tokenmill.kernels import gpu, reference
 from tokenmill.kernels.gpu import reference_gpu
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.selfcheck.trial import TOLERANCE, CheckResult, Trial, differing, label
+from tokenmill.kernels.reference import Routing
 
 _QUANTIZERS: dict[str, Callable[[Tensor], Any]] = {
     "fp8": lambda weight: gpu.quantize_fp8(weight),
@@ -96,8 +97,8 @@ def experts(trial: Trial) -> Iterator[CheckResult]:
         x = trial.randn(tokens, width, dtype=dtype)
         router = trial.randn(tokens, experts)
         slots = torch.arange(tokens, device=trial.device) - 1
-        ids, weights = gpu.route(router, 2, slots=slots)
-        wanted = reference_gpu.route(router, 2, slots=slots)
+        ids, weights = gpu.route(router, Routing(2), slots)
+        wanted = reference.route(router, Routing(2), slots)
         yield CheckResult(label("route, ids", dtype), differing(ids, wanted[0]), 0.0)
         yield CheckResult(label("route, weights", dtype), relative_error(weights, wanted[1]), 1e-5)
         plain = trial.randn(experts, 2 * inner, width), trial.randn(experts, 72, inner)
