@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 def footprint_of(engine: Engine) -> Footprint:
     """The footprint of the model that `engine` has loaded."""
-    size = engine.model.size
+    size, kernels = engine.model.size, engine.runner.kernels
     return Footprint(
-        weight_bytes=size.weight_bytes - engine.runner.kernels.saved_bytes,
+        weight_bytes=size.weight_bytes - kernels.saved_bytes,
         weights=size.weights,
         kv_bytes_per_token=engine.runner.forward.capacity.bytes_per_token,
-        expert_bytes=size.expert_bytes,
+        expert_bytes=size.expert_bytes - kernels.saved_expert_bytes,
         expert_weights=size.expert_weights,
         expert_share=size.expert_share,
     )

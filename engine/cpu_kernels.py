@@ -12,10 +12,19 @@ from tokenmill.engine import cpu_products
 from tokenmill.engine.block_weight import Weight
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.cpu_products import CpuProduct
-from tokenmill.engine.kernel_set import Adjustments, Lookup, Mixture, Product, ReferenceKernels, Settings
-from tokenmill.kernels import reference
-from tokenmill.kernels.cpu import attention, elementwise, sampling
+from tokenmill.engine.kernel_set import (
+    Adjustments,
+    Lookup,
+    Mixture,
+    Product,
+    ReferenceKernels,
+    Router,
+    Settings,
+)
+from tokenmill.kernels.cpu import attention, elementwise, mixture, sampling
 from tokenmill.kernels.cpu.linear import PackedLinear
+from tokenmill.kernels.cpu.mixture import PackedMixture
+from tokenmill.kernels.reference import Routing
 
 
 class CpuKernels(ReferenceKernels):
@@ -28,6 +37,7 @@ class CpuKernels(ReferenceKernels):
     rms_norm = staticmethod(elementwise.rms_norm)
     layer_norm = staticmethod(elementwise.layer_norm)
     activate = staticmethod(elementwise.activate)
+    gate_add = staticmethod(elementwise.gate_add)
     apply_penalties = staticmethod(sampling.apply_penalties)
     apply_bitmask = staticmethod(sampling.apply_bitmask)
     sample = staticmethod(sampling.sample)
@@ -63,6 +73,11 @@ class CpuKernels(ReferenceKernels):
         """torch's small operations run in the calling thread: a second pool of spinning threads costs more."""
         torch.set_num_threads(1)
 
+    def norm_whole(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float
+    ) -> Tensor:
+        return elementwise.norm_whole(qkv, q_weight, k_weight, eps, offset)
+
     def make_linear(
         self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None
     ) -> Product:
@@ -79,6 +94,18 @@ class CpuKernels(ReferenceKernels):
         self.saved_bytes += sum(part.saved_bytes for part in product.parts)
         return product
 
+    def make_router(self, weight: Weight, bias: Tensor | None) -> Router:
+        product = self._finish(cpu_products.pack([weight], [bias], None, None))
+        assert product.packed is not None
+        return self._router(product.packed)
+
+    def _router(self, packed: PackedLinear) -> Router:
+        return lambda x: packed(x, out=torch.empty(x.shape[0], packed.out_features))
+
+    @staticmethod
+    def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return mixture.Chooser(routing, logits.shape[1])(logits, slots)
+
     def make_mixture(
         self,
         gate_up: Tensor,
@@ -88,21 +115,13 @@ class CpuKernels(ReferenceKernels):
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> Mixture:
-        """Each expert is two packed products, so a token's result doesn't depend on who shares its experts."""
-        ups, downs = (
-            [
-                cpu_products.pack([weight], [None if bias is None else bias[i]], gate, self.quantization)
-                for i, weight in enumerate(weights)
-            ]
-            for weights, bias, gate in ((gate_up, gate_up_bias, activation), (down, down_bias, None))
-        )
+        ups = cpu_products.pack_experts(gate_up, gate_up_bias, activation, self.quantization)
+        downs = cpu_products.pack_experts(down, down_bias, None, self.quantization)
+        self.saved_expert_bytes += sum(part.saved_bytes for part in (*ups, *downs))
+        return self._mixture(PackedMixture(ups, downs))
 
-        def mix(x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None) -> Tensor:
-            return reference.mix_by_expert(
-                x, ids, weights, lambda expert, rows: downs[expert](ups[expert](rows)), residual
-            )
-
-        return mix
+    def _mixture(self, packed: PackedMixture) -> Mixture:
+        return packed
 
     def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
         return self._look_up(cpu_products.table_of(weight, head), weight.dtype)

@@ -17,7 +17,7 @@ from tokenmill.engine.block_weight import BlockWeight, Weight, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.kernels.cpu import elementwise
 from tokenmill.kernels.cpu.linear import PackedLinear
-from tokenmill.kernels.cpu.quantized import QuantizedLinear
+from tokenmill.kernels.cpu.quantized import QuantizedLinear, magnitude
 
 BITS: dict[Quantization | None, int] = {"int8": 8, "int4": 4}
 HEAD_BITS = 8
@@ -68,6 +68,21 @@ def pack(
 def pack_head(weight: Weight, bias: Tensor | None, quantization: Quantization | None) -> CpuProduct:
     """The product that brings logits, whose rows may serve as the embedding too."""
     return CpuProduct([_pack_one(weight, bias, None, HEAD_BITS if quantization in BITS else None)])
+
+
+def pack_experts(
+    weights: Tensor, biases: Tensor | None, gate: str | None, quantization: Quantization | None
+) -> list[PackedLinear]:
+    """One product for each of `weights` [X, out, in], with `biases` [X, out]: all in one format."""
+    bits = BITS.get(quantization)
+    added = [None] * len(weights) if biases is None else list(biases)
+    if bits is None:
+        return [PackedLinear(weight, bias, gate) for weight, bias in zip(weights, added, strict=True)]
+    largest = max(magnitude(weight) for weight in weights)
+    return [
+        QuantizedLinear(weight, bits, None, bias, gate, largest)
+        for weight, bias in zip(weights, added, strict=True)
+    ]
 
 
 def table_of(weight: Weight, head: object) -> Tensor | PackedLinear:

@@ -3,8 +3,7 @@
     Decoder(stand-ins) ──▶ kernels given a stand-in record instead of computing ──▶ Tape (kernels/cpu/tape.py)
 
 So decoder.py stays the one place that says what a decoder does, and a step costs one call into C++ instead of
-some eight a layer. What can't be recorded (a mixture of experts, norms over all heads) makes `record` return
-None, and the decoder runs as it is.
+some eight a layer. What can't be recorded makes `record` return None, and the decoder runs as it is.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ from tokenmill.engine.attention import AttentionMetadata
 from tokenmill.engine.cpu_kernels import CpuKernels
 from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.kernel_set import Lookup
+from tokenmill.engine.kernel_set import Lookup, Mixture, Router
 from tokenmill.kernels.cpu import elementwise, tape
 from tokenmill.kernels.cpu.linear import PackedLinear
+from tokenmill.kernels.cpu.mixture import Chooser, PackedMixture
+from tokenmill.kernels.reference import Routing
 
 
 class CantBeRecorded(TypeError):
@@ -114,6 +115,43 @@ class TracingKernels(CpuKernels):
         if isinstance(x, Traced):
             return x.on(x.tape.activate(x.value, activation))
         return elementwise.activate(x, activation)
+
+    def norm_whole(self, qkv: Any, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float) -> Any:
+        if isinstance(qkv, Traced):
+            return qkv.on(qkv.tape.norm_whole(qkv.value, q_weight, k_weight, eps, offset))
+        return elementwise.norm_whole(qkv, q_weight, k_weight, eps, offset)
+
+    @staticmethod
+    def gate_add(x: Any, gate: Any, residual: Any = None) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.gate_add(x.value, gate.value, None if residual is None else residual.value))
+        return elementwise.gate_add(x, gate, residual)
+
+    def _router(self, packed: PackedLinear) -> Router:
+        plain = super()._router(packed)
+
+        def router(x: Any) -> Any:
+            if isinstance(x, Traced):
+                return x.on(x.tape.linear(packed, x.value, wide=True))
+            return plain(x)
+
+        return router
+
+    @staticmethod
+    def route(logits: Any, routing: Routing, slots: Any = None) -> Any:
+        """Of a stand-in, what the mixture will be recorded with: its experts are chosen where they are mixed."""
+        if isinstance(logits, Traced):
+            return logits.value, Chooser(routing, logits.value.width)
+        return CpuKernels.route(logits, routing, slots)
+
+    def _mixture(self, packed: PackedMixture) -> Mixture:
+        def mix(x: Any, ids: Any, weights: Any, residual: Any) -> Any:
+            if isinstance(x, Traced):
+                added = None if residual is None else residual.value
+                return x.on(x.tape.mixture(packed, weights, x.value, ids, added))
+            return packed(x, ids, weights, residual)
+
+        return mix
 
     @staticmethod
     def rope_store(

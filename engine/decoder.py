@@ -213,7 +213,8 @@ class Decoder:
         cos, sin = (None, None) if attention.rope is None else angles[attention.rope]
         qkv, q_norm, k_norm = block.qkv(normed, None), attention.q_norm, attention.k_norm
         if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attention.head_size:
-            qkv, q_norm, k_norm = self._norm_whole(qkv, q_norm, k_norm), None, None
+            norms = (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.offset)
+            qkv, q_norm, k_norm = self._kernels.norm_whole(qkv, *norms), None, None
         query = self._kernels.rope_store(
             qkv,
             cos,
@@ -238,16 +239,6 @@ class Decoder:
         )
         return out.flatten(1)
 
-    def _norm_whole(self, qkv: Tensor, q_norm: spec.Norm, k_norm: spec.Norm) -> Tensor:
-        """Norms over all heads together (OLMo 2), which the fused pass doesn't know."""
-        query, key = q_norm.weight.numel(), k_norm.weight.numel()
-        parts = torch.split(qkv, [query, key, qkv.shape[1] - query - key], dim=-1)
-        normed = [
-            self._normalize(norm)(part.contiguous())
-            for norm, part in ((q_norm, parts[0]), (k_norm, parts[1]))
-        ]
-        return torch.cat([*normed, parts[2]], dim=-1)
-
     def _feed(self, block: _Block, normed: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         feed = block.feed
         if isinstance(feed, _Sparse):
@@ -268,8 +259,8 @@ class Decoder:
             if sparse.shared_gate is None:
                 residual = sparse.shared.down(hidden, residual)
             else:
-                common = sparse.shared.down(hidden, None) * torch.sigmoid(sparse.shared_gate(normed, None))
-                residual = common if residual is None else residual + common
+                common = sparse.shared.down(hidden, None)
+                residual = self._kernels.gate_add(common, sparse.shared_gate(normed, None), residual)
         return sparse.mix(normed, ids, weights, residual)
 
     def _add(

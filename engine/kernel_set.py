@@ -93,8 +93,8 @@ class ReferenceKernels:
     """The formats in which products can hold their weights, beside the one that these come in."""
     fp8_cache = False
     """Whether the paged cache may be held in 8-bit floats."""
-    saved_bytes = 0
-    """How much less than the model's own its products' weights take, experts apart, though nothing of them is lost."""
+    saved_bytes = saved_expert_bytes = 0
+    """How much less than the model's own its products' and its experts' weights take, with nothing of them lost."""
 
     store_kv: Callable[..., None] = staticmethod(reference.store_kv)
     paged_attention: Callable[..., Tensor] = staticmethod(reference.paged_attention)
@@ -103,6 +103,7 @@ class ReferenceKernels:
     rms_norm: Callable[..., Tensor] = staticmethod(reference.rms_norm)
     layer_norm: Callable[..., Tensor] = staticmethod(reference.layer_norm)
     activate: Callable[..., Tensor] = staticmethod(reference.activate)
+    gate_add: Callable[..., Tensor] = staticmethod(reference.gate_add)
     apply_logit_bias: Callable[..., None] = staticmethod(reference.apply_logit_bias)
     apply_penalties: Callable[..., None] = staticmethod(reference.apply_penalties)
     apply_bitmask: Callable[..., None] = staticmethod(reference.apply_bitmask)
@@ -131,6 +132,18 @@ class ReferenceKernels:
     def make_norm(self, weight: Tensor, eps: float, offset: float, into: Sequence[object]) -> Normalize:
         """An RMS norm whose result goes into the products `into` and nowhere else (none: anywhere)."""
         return lambda x: self.rms_norm(x, weight, eps, offset)
+
+    def norm_whole(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float
+    ) -> Tensor:
+        """RMS norms over all query heads and over all key heads of rows [q | k | v] (OLMo 2)."""
+        query, key = q_weight.numel(), k_weight.numel()
+        q, k, v = torch.split(qkv, [query, key, qkv.shape[1] - query - key], dim=-1)
+        normed = (
+            self.rms_norm(part.contiguous(), weight, eps, offset)
+            for part, weight in ((q, q_weight), (k, k_weight))
+        )
+        return torch.cat([*normed, v], dim=-1)
 
     def make_linear(
         self, weights: Sequence[Weight], biases: Sequence[Tensor | None], gate: str | None

@@ -297,6 +297,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
+def gate_add(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x [T, W] * sigmoid(gate [T, 1]), plus `residual` [T, W]."""
+    out = x.float() * torch.sigmoid(gate.float())
+    return (out if residual is None else out + residual.float()).to(x.dtype)
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """silu, gelu or gelu_tanh of x, computed in float32."""
     wide = x.float()

@@ -125,12 +125,42 @@ def _check_angles(
 
 
 def activation_mul(gate_up: Tensor, activation: str) -> Tensor:
-    """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu or gelu_tanh."""
+    """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu, gelu_tanh or swiglu_oai."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     check(gate_up, "gate_up", (tokens, 2 * width))
     out = torch.empty(tokens, width, dtype=gate_up.dtype)
     required().tm_activation_mul(
         gate_up.data_ptr(), out.data_ptr(), tokens, width, ACTIVATIONS[activation], type_of(gate_up)
+    )
+    return out
+
+
+def norm_whole(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Rows [q | k | v] with an RMS norm over q, another over k, each as long as its weight."""
+    query, key = q_weight.numel(), k_weight.numel()
+    check(qkv, "qkv", tuple(qkv.shape))
+    check(q_weight, "q_weight", (query,), qkv.dtype)
+    check(k_weight, "k_weight", (key,), qkv.dtype)
+    if query + key > qkv.shape[1]:
+        raise ValueError(f"rows of {qkv.shape[1]} don't hold {query} of queries and {key} of keys")
+    out = torch.empty_like(qkv)
+    required().tm_norm_whole(
+        *(qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), out.data_ptr()),
+        *(*qkv.shape, query, key, eps, offset, type_of(qkv)),
+    )
+    return out
+
+
+def gate_add(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x [T, W] * sigmoid(gate [T, 1]), plus `residual` [T, W]."""
+    check(x, "x", tuple(x.shape))
+    check(gate, "gate", (x.shape[0], 1), x.dtype)
+    if residual is not None:
+        check(residual, "residual", tuple(x.shape), x.dtype)
+    out = torch.empty_like(x)
+    required().tm_gate_add(
+        *(x.data_ptr(), gate.data_ptr(), None if residual is None else residual.data_ptr()),
+        *(out.data_ptr(), *x.shape, type_of(x)),
     )
     return out
 

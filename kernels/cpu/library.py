@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """Element types of activations, as src/api.h numbers them."""
 
-ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4}
 """Gate functions, as src/vmath.h numbers them."""
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -43,9 +43,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_rows": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_int)),
     "tm_rms_norm": (None, (*(c_void_p,) * 5, c_int64, c_int64, c_float, c_float, c_int, c_int)),
     "tm_layer_norm": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_int)),
+    "tm_norm_whole": (None, (*(c_void_p,) * 4, *(c_int64,) * 4, c_float, c_float, c_int)),
     "tm_activate": (None, (c_void_p, c_void_p, c_int64, c_int, c_int)),
     "tm_rope_store": (None, (c_void_p,)),
     "tm_activation_mul": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int, c_int)),
+    "tm_gate_add": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_int)),
     "tm_store_kv": (None, (*(c_void_p,) * 5, *(c_int64,) * 5, c_int)),
     "tm_gather_rows": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int64)),
     "tm_sample": (None, (c_void_p,)),
@@ -55,6 +57,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_bitmask": (None, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64)),
     "tm_attention": (None, (c_void_p,)),
     "tm_linear": (None, (c_void_p, c_void_p, c_int, c_int, c_int64, c_void_p, c_void_p, c_int, c_int)),
+    "tm_route": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "tm_mixture": (
+        None,
+        (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    ),
     "tm_run_tape": (None, (c_void_p, c_int64, c_void_p, c_void_p)),
 }
 

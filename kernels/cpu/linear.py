@@ -112,6 +112,11 @@ class PackedLinear:
             self.struct.bias = self.bias.data_ptr()
 
     @property
+    def quantized(self) -> bool:
+        """Whether it holds integers and scales."""
+        return self.struct.format in (INT8, INT4)
+
+    @property
     def address(self) -> int:
         """Where its `Packed` structure lies, for as long as this object lives."""
         return self._address

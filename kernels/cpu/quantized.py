@@ -57,7 +57,8 @@ class QuantizedLinear(PackedLinear):
     """A weight [out, in], bfloat16 or float32, rounded to 8 or 4 bits as it is packed.
 
     8 bits are symmetric, one scale for each output or for each `group` of inputs; 4 bits have a scale and a
-    minimum for each group (32 by default). Bias and activation are `PackedLinear`'s.
+    minimum for each group (32 by default). Bias and activation are `PackedLinear`'s. `largest` is the largest
+    magnitude of it and of those that it shall share one unit of scales with; by default its own.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class QuantizedLinear(PackedLinear):
         group: int | None = None,
         bias: Tensor | None = None,
         activation: str | None = None,
+        largest: float | None = None,
     ) -> None:
         if weight.dtype not in TYPES or weight.dim() != 2:
             raise ValueError(f"a weight must be bfloat16 or float32 [out, in], not {weight.dtype}")
@@ -76,7 +78,8 @@ class QuantizedLinear(PackedLinear):
             group = 32 if bits == 4 else -(-weight.shape[1] // 32) * 32
         elif group not in GROUPS:
             raise ValueError(f"group must be one of {GROUPS}, not {group}")
-        largest = float(weight.abs().amax()) if weight.numel() else 0.0
+        if largest is None:
+            largest = magnitude(weight)
         struct = PackedStruct(format=INT4 if bits == 4 else INT8, group=group, minima=bits == 4)
         struct.unit = _unit(largest if bits == 4 else largest / 127)
         self._fill(struct, TYPES[weight.dtype], weight.contiguous(), weight.shape[1], activation)
@@ -116,6 +119,11 @@ class QuantizedLinear(PackedLinear):
     ) -> None:
         self._lay_out(struct, weight.shape[0], inputs, activation)
         required().tm_pack_quantized(self._address, source, weight.data_ptr(), self.data.data_ptr())
+
+
+def magnitude(weight: Tensor) -> float:
+    """The largest absolute value."""
+    return float(weight.abs().amax()) if weight.numel() else 0.0
 
 
 def _halves(blocks: Tensor, block: BlockKind, at: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.linear import FLOAT32, PackedLinear
+from tokenmill.kernels.cpu.mixture import Chooser, PackedMixture
 
 MAX_BUFFERS = 8
 TILE_ROWS = TILE_COLUMNS = 32
@@ -37,19 +38,24 @@ KINDS = (
     "scale_add",
     "join",
     "gate",
+    "gate_add",
+    "norm_whole",
+    "mixture",
 )
-ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD, JOIN, GATE = range(
+ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD, *_REST = range(
     len(KINDS)
 )
+JOIN, GATE, GATE_ADD, NORM_WHOLE, MIXTURE = _REST
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What an operation brings: [tokens, width], or [picked rows, width] after `pick`."""
+    """What an operation brings: [tokens, width], or [picked rows, width] after `pick`; `wide`: in float32."""
 
     number: int
     width: int
     picked: bool
+    wide: bool = False
 
 
 class OpStruct(ctypes.Structure):
@@ -59,17 +65,20 @@ class OpStruct(ctypes.Structure):
         ("kind", c_int32),
         ("input", c_int32),
         ("residual", c_int32),
+        ("other", c_int32),
         ("output", c_int32),
         ("picked", c_int32),
         ("activation", c_int32),
         ("input_tiled", c_int32),
         ("tiled", c_int32),
+        ("wide", c_int32),
         ("eps", c_float),
         ("factor", c_float),
         ("size", c_int64),
         ("left", c_int64),
+        ("middle", c_int64),
         ("job", c_void_p),
-        ("bias", c_void_p),
+        ("second", c_void_p),
     )
 
 
@@ -160,11 +169,15 @@ class Tape:
         """Rows `logits_index` of x."""
         return self._record(PICK, x.width, x, picked=True)
 
-    def linear(self, packed: PackedLinear, x: Value, residual: Value | None = None) -> Value:
-        """As PackedLinear's call."""
+    def linear(
+        self, packed: PackedLinear, x: Value, residual: Value | None = None, *, wide: bool = False
+    ) -> Value:
+        """As PackedLinear's call; `wide`: the result is float32 in any case."""
         if packed.in_features != x.width:
             raise ValueError(f"a product over {packed.in_features} inputs can't take rows of {x.width}")
-        value = self._record(LINEAR, packed.out_features, x, residual, job=packed.address, held=packed)
+        value = self._record(
+            LINEAR, packed.out_features, x, residual, wide=wide, job=packed.address, held=packed
+        )
         self._ops[-1].input_tiled = packed.struct.format != FLOAT32
         return value
 
@@ -178,18 +191,55 @@ class Tape:
             check(bias, "bias", (x.width,), self.dtype)
             self._held.append(bias)
         address = None if bias is None else bias.data_ptr()
-        return self._record(LAYER_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, bias=address)
+        return self._record(
+            LAYER_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, second=address
+        )
+
+    def norm_whole(self, qkv: Value, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float) -> Value:
+        """As elementwise.norm_whole."""
+        query, key = q_weight.numel(), k_weight.numel()
+        check(q_weight, "q_weight", (query,), self.dtype)
+        check(k_weight, "k_weight", (key,), self.dtype)
+        if query + key > qkv.width:
+            raise ValueError(f"rows of {qkv.width} don't hold {query} of queries and {key} of keys")
+        return self._record(
+            *(NORM_WHOLE, qkv.width, qkv),
+            eps=eps,
+            factor=offset,
+            left=query,
+            middle=key,
+            job=q_weight.data_ptr(),
+            second=k_weight.data_ptr(),
+            held=(q_weight, k_weight),
+        )
 
     def activate(self, x: Value, activation: str) -> Value:
         return self._record(ACTIVATE, x.width, x, activation=ACTIVATIONS[activation])
 
     def join(self, x: Value, other: Value) -> Value:
         """[x | other]: each row of x with the other's behind it."""
-        return self._record(JOIN, x.width + other.width, x, other)
+        return self._record(JOIN, x.width + other.width, x, other, left=x.width)
 
     def activation_mul(self, x: Value, activation: str) -> Value:
         """act(gate) * up of rows [gate | up]."""
         return self._record(GATE, x.width // 2, x, activation=ACTIVATIONS[activation])
+
+    def gate_add(self, x: Value, gate: Value, residual: Value | None = None) -> Value:
+        """As elementwise.gate_add."""
+        return self._record(GATE_ADD, x.width, x, residual, gate)
+
+    def mixture(
+        self, packed: PackedMixture, chooser: Chooser, x: Value, logits: Value, residual: Value | None = None
+    ) -> Value:
+        """As PackedMixture's call, over what `chooser` makes of the router logits."""
+        if packed.in_features != x.width or chooser.experts != logits.width or not logits.wide or x.picked:
+            raise ValueError("rows or router logits aren't those of the mixture")
+        return self._record(
+            *(MIXTURE, packed.out_features, x, residual, logits),
+            job=packed.address,
+            second=chooser.address,
+            held=(packed, chooser),
+        )
 
     def scale_add(self, x: Value, scale: float, residual: Value | None = None) -> Value:
         """scale * x (+ residual)."""
@@ -274,27 +324,31 @@ class Tape:
         width: int,
         x: Value | None = None,
         residual: Value | None = None,
+        other: Value | None = None,
         *,
         picked: bool = False,
+        wide: bool = False,
         activation: int = 0,
         eps: float = 0.0,
         factor: float = 0.0,
         job: int | None = None,
-        bias: int | None = None,
+        second: int | None = None,
+        left: int = 0,
+        middle: int = 0,
         held: object = None,
     ) -> Value:
         if self._sealed is not None:
             raise ValueError("the tape is sealed")
-        left = 0 if x is None or kind != JOIN else x.width
+        beside = left if kind == JOIN else 0
         if residual is not None and (
-            residual.width + left != width or x is None or residual.picked != x.picked
+            residual.width + beside != width or x is None or residual.picked != x.picked
         ):
             raise ValueError("a residual must have the result's shape")
-        value = Value(len(self._values), width, picked or (x is not None and x.picked))
-        numbers = [-1 if other is None else other.number for other in (x, residual)]
+        value = Value(len(self._values), width, picked or (x is not None and x.picked), wide)
+        numbers = [-1 if each is None else each.number for each in (x, residual, other)]
         op = OpStruct(
-            *(kind, *numbers, value.number, value.picked, activation, False, False),
-            *(eps, factor, width, left, job, bias),
+            *(kind, *numbers, value.number, value.picked, activation, False, False, wide),
+            *(eps, factor, width, left, middle, job, second),
         )
         self._values.append(value)
         self._ops.append(op)
@@ -315,11 +369,12 @@ class Tape:
         self._choose_layouts()
         last_use = {result.number: len(self._ops)}
         for place, op in reversed(list(enumerate(self._ops))):
-            for number in (op.input, op.residual):
+            for number in (op.input, op.residual, op.other):
                 if number >= 0:
                     last_use.setdefault(number, place)
         buffer_of: dict[int, int] = {}
         free: list[int] = []
+        size = self.dtype.itemsize
         for place, op in enumerate(self._ops):
             # An operation never writes where it reads: only what was used up before it is free.
             value = self._values[op.output]
@@ -327,21 +382,27 @@ class Tape:
             buffer = len(self._widths) if own else free.pop()
             if buffer == len(self._widths):
                 self._widths.append(0)
-            self._widths[buffer] = max(self._widths[buffer], value.width)
+            self._widths[buffer] = max(
+                self._widths[buffer], value.width * (4 if value.wide else size) // size
+            )
             buffer_of[op.output] = buffer
-            ended = {n for n in (op.input, op.residual) if n >= 0 and last_use.get(n) == place}
+            read = {n for n in (op.input, op.residual, op.other) if n >= 0}
+            ended = {n for n in read if last_use.get(n) == place}
             free += [buffer_of[number] for number in ended]
         if len(self._widths) > MAX_BUFFERS:
             raise ValueError(f"the tape needs {len(self._widths)} buffers, {MAX_BUFFERS} are to be had")
         for op in self._ops:
-            op.input, op.residual = (buffer_of.get(n, -1) for n in (op.input, op.residual))
+            op.input, op.residual, op.other = (
+                buffer_of.get(n, -1) for n in (op.input, op.residual, op.other)
+            )
             op.output = buffer_of[op.output]
         self._sealed = (OpStruct * len(self._ops))(*self._ops)
 
     def _choose_layouts(self) -> None:
         """Where steps bring many rows, what only products read lies as they take it (src/tiled.h)."""
         read = {op.input for op in self._ops}
-        otherwise = {op.input for op in self._ops if not op.input_tiled} | {op.residual for op in self._ops}
+        otherwise = {op.input for op in self._ops if not op.input_tiled}
+        otherwise |= {number for op in self._ops for number in (op.residual, op.other)}
         for op in self._ops:
             op.tiled = (
                 op.kind in (LINEAR, RMS_NORM, ATTEND)

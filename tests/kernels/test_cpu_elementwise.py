@@ -31,6 +31,22 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("query", "key", "value"), [(64, 32, 32), (33, 5, 7), (16, 16, 0)])
+def test_norms_over_all_heads(
+    isa: InstructionSet, dtype: torch.dtype, query: int, key: int, value: int
+) -> None:
+    qkv = torch.randn(21, query + key + value).to(dtype)
+    weights = [torch.randn(size).to(dtype) for size in (query, key)]
+    q, k, v = qkv.split([query, key, value], dim=1)
+    normed = [reference.rms_norm(x, w, 1e-5, 1.0) for x, w in zip((q, k), weights, strict=True)]
+    close(elementwise.norm_whole(qkv, *weights, 1e-5, 1.0), torch.cat([*normed, v], dim=1))
+    with pytest.raises(ValueError, match="don't hold"):
+        elementwise.norm_whole(
+            qkv[:, 1:].contiguous(), torch.ones(query + value + 1).to(dtype), weights[1], 1e-5
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 40])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 576, 20_000])
 def test_norms(isa: InstructionSet, dtype: torch.dtype, rows: int, size: int) -> None:

@@ -178,8 +178,8 @@ void gate_rows(const T* gate_up, T* out, int64_t rows, int64_t width, int activa
     for (int64_t r = first; r < last; ++r) {
       const T* gate = gate_up + r * 2 * width;
       for (int64_t i = 0; i < width; i += kLanes) {
-        F up = load_up_to(gate + width + i, width - i);
-        store_up_to(out + r * width + i, activate<T>(load_up_to(gate + i, width - i), activation) * up, width - i);
+        const F x = load_up_to(gate + i, width - i), up = load_up_to(gate + width + i, width - i);
+        store_up_to(out + r * width + i, gated<T>(x, up, activation), width - i);
       }
     }
   });
@@ -207,6 +207,28 @@ TM_API void tm_layer_norm(const void* x, const void* weight, const void* bias, v
     using T = decltype(element);
     layer_norm_rows(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
                     static_cast<T*>(normed), rows, size, eps);
+  });
+}
+
+// Rows [q | k | v] of `width` with an RMS norm over the first `query` elements, another over the `key` ones after them.
+TM_API void tm_norm_whole(const void* x, const void* q_weight, const void* k_weight, void* out, int64_t rows,
+                          int64_t width, int64_t query, int64_t key, float eps, float offset, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const auto norm = [&](const T* from, const void* weight, int64_t size, T* to) {
+      const float inverse = inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(from + i, n); });
+      scale_row(from, static_cast<const T*>(weight), inverse, offset, size, to);
+    };
+    parallel_ranges(rows, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const T* from = static_cast<const T*>(x) + r * width;
+        T* to = static_cast<T*>(out) + r * width;
+        norm(from, q_weight, query, to);
+        norm(from + query, k_weight, key, to + query);
+        std::memcpy(to + query + key, from + query + key, static_cast<size_t>(width - query - key) * sizeof(T));
+      }
+    });
   });
 }
 
@@ -245,6 +267,26 @@ TM_API void tm_activation_mul(const void* gate_up, void* out, int64_t rows, int6
   with_type(type, [&](auto element) {
     using T = decltype(element);
     gate_rows(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, width, activation);
+  });
+}
+
+// out [rows, width] = x * sigmoid(gate [rows]), plus residual, where given.
+TM_API void tm_gate_add(const void* x, const void* gate, const void* residual, void* out, int64_t rows, int64_t width,
+                        int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    parallel_ranges(rows, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const F share = sigmoid(splat(to_float(static_cast<const T*>(gate)[r])));
+        for (int64_t i = r * width; i < (r + 1) * width; i += kLanes) {
+          const int64_t left = (r + 1) * width - i;
+          F value = load_up_to(static_cast<const T*>(x) + i, left) * share;
+          if (residual) value = value + load_up_to(static_cast<const T*>(residual) + i, left);
+          store_up_to(static_cast<T*>(out) + i, value, left);
+        }
+      }
+    });
   });
 }
 

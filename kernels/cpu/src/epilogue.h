@@ -69,7 +69,7 @@ void finish_rows(const Call& call, const Target& target, int row, int count) {
   for (const float* end = sums + count * kPair; sums < end; sums += kPair, to += step) {
     const F low = load(sums) + low_bias, high = load(sums + 16) + high_bias;
     if (Gated) {
-      put(activate<Y>(low, call.weight.activation) * high, residual, to, left);
+      put(gated<Y>(low, high, call.weight.activation), residual, to, left);
     } else {
       put(low, residual, to, left);
       put(high, residual ? residual + 16 : nullptr, to + 16, left - 16);

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "epilogue.h"
+#include "operand.h"
 #include "packed.h"
 #include "product.h"
 #include "threads.h"
@@ -142,7 +143,7 @@ TM_INLINE IntegerRows::Step quantize_step(const bf16* from, int64_t n, const Pac
   return {factor, factor * sum, -w.zero_point * static_cast<int32_t>(sum)};
 }
 
-inline IntegerRows integer_rows(const bf16* x, const Packed& w, int64_t rows) {
+inline IntegerRows integer_rows(const bf16* x, const int32_t* from, const Packed& w, int64_t rows) {
   using Step = IntegerRows::Step;
   const int64_t padded = w.padded_in(), count = padded / kStep;
   const int64_t bytes = divide_up(rows * padded * 2, 64) * 64;
@@ -151,9 +152,9 @@ inline IntegerRows integer_rows(const bf16* x, const Packed& w, int64_t rows) {
   Step* steps = reinterpret_cast<Step*>(memory + bytes);
   parallel_ranges(rows, 16, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
+      const bf16* row = x + row_from(from, r) * w.in;
       for (int64_t k = 0; k < count; ++k) {
-        steps[r * count + k] =
-            quantize_step(x + r * w.in + k * kStep, w.in - k * kStep, w, to + r * padded + k * kStep);
+        steps[r * count + k] = quantize_step(row + k * kStep, w.in - k * kStep, w, to + r * padded + k * kStep);
       }
     }
   });

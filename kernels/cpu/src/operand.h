@@ -50,11 +50,14 @@ void copy_row(const X* row, int64_t in, int64_t padded, T* to) {
   }
 }
 
+// Which row of x is the operand's row r: `from[r]`, or r itself where there is no `from`.
+inline int64_t row_from(const int32_t* from, int64_t r) { return from ? from[r] : r; }
+
 // x itself where it serves as it is, else a copy in the calling thread's own scratch. Tiled x always does.
 template <class T, class X>
-Operand<T> prepare(const X* x, bool tiled, const Packed& w, int64_t rows) {
+Operand<T> prepare(const X* x, bool tiled, const int32_t* from, const Packed& w, int64_t rows) {
   const int64_t padded = w.padded_in(), groups = w.minima && sizeof(T) == 4 ? w.groups() : 0;
-  const bool copy = !std::is_same_v<T, X> || padded != w.in;
+  const bool copy = !std::is_same_v<T, X> || padded != w.in || from;
   const int64_t copied = copy ? divide_up(rows * padded * static_cast<int64_t>(sizeof(T)), 64) * 64 : 0;
   uint8_t* memory = copied + groups > 0 ? scratch<uint8_t>(kRows, copied + rows * groups * 4) : nullptr;
   T* to = reinterpret_cast<T*>(memory);
@@ -62,8 +65,9 @@ Operand<T> prepare(const X* x, bool tiled, const Packed& w, int64_t rows) {
   if (memory) {
     parallel_ranges(rows, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        if (copy) copy_row(x + r * w.in, w.in, padded, to + r * padded);
-        if (groups > 0) sum_groups(x + r * w.in, w, rows, sums + r);
+        const X* row = x + row_from(from, r) * w.in;
+        if (copy) copy_row(row, w.in, padded, to + r * padded);
+        if (groups > 0) sum_groups(row, w, rows, sums + r);
       }
     });
   }

@@ -8,6 +8,7 @@
 
 #include "api.h"
 #include "attention.h"
+#include "mixture.h"
 #include "packed.h"
 #include "rope.h"
 #include "threads.h"
@@ -31,24 +32,31 @@ enum Kind : int32_t {
   kScaleAdd,   // output = scale * input (+ residual)
   kJoin,       // output = [input | residual], row by row
   kGate,       // output = act(gate) * up of rows [gate | up]
+  kGateAdd,    // output = input * sigmoid(other) (+ residual)
+  kNormWhole,  // output = [q | k | v] with norms over q and over k
+  kMixture,    // output = experts of input, chosen by the router logits `other` (+ residual)
 };
 
-// tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, or a weight.
+// tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, a Mixture, or a
+// weight.
 struct Op {
   int32_t kind;
   int32_t input;     // buffers by number; -1: none
   int32_t residual;  // kJoin: the right part
+  int32_t other;
   int32_t output;
   int32_t picked;    // runs on the picked rows, not on all tokens
   int32_t activation;
   int32_t input_tiled;  // kLinear: where rows are many, input lies as tiled.h says
   int32_t tiled;        // kLinear, kRmsNorm, kAttend: the same of output
+  int32_t wide;         // kLinear: output is float32 in any case
   float eps;
-  float factor;      // kRmsNorm: what is added to the weight; kScaleAdd: the scale
+  float factor;      // norms: what is added to the weight; kScaleAdd: the scale
   int64_t size;      // elements of a row of output
-  int64_t left;      // kJoin: elements of a row of input
+  int64_t left;      // kJoin: elements of a row of input; kNormWhole: of q
+  int64_t middle;    // kNormWhole: elements of k
   const void* job;
-  const void* bias;
+  const void* second;  // kLayerNorm: the bias; kNormWhole: the weight of k; kMixture: the Routing
 };
 
 struct Step {
@@ -94,10 +102,16 @@ TM_API void tm_linear(const tokenmill::Packed*, const void*, int, int, int64_t, 
 TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int64_t, int64_t, float, float, int,
                         int);
 TM_API void tm_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, float, int);
+TM_API void tm_norm_whole(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, float,
+                          float, int);
 TM_API void tm_rope_store(const tokenmill::Rope*);
 TM_API void tm_attention(const tokenmill::Attention*);
 TM_API void tm_activation_mul(const void*, void*, int64_t, int64_t, int, int);
 TM_API void tm_activate(const void*, void*, int64_t, int, int);
+TM_API void tm_gate_add(const void*, const void*, const void*, void*, int64_t, int64_t, int);
+TM_API void tm_route(const tokenmill::Routing*, const float*, const int64_t*, int64_t, int32_t*, float*);
+TM_API void tm_mixture(const tokenmill::Mixture*, const void*, int, int64_t, const int32_t*, const float*, int64_t,
+                       const void*, void*);
 
 namespace tokenmill {
 namespace {
@@ -125,11 +139,21 @@ void attend(const Op& op, const Step& step, const void* in, void* out, bool tile
   tm_attention(&job);
 }
 
+void mix(const Op& op, const Step& step, const void* in, const void* logits, const void* residual, void* out) {
+  const Routing& routing = *static_cast<const Routing*>(op.second);
+  const int64_t count = step.tokens * routing.top;
+  int32_t* ids = scratch<int32_t>(kChoice, 2 * count);
+  float* weights = reinterpret_cast<float*>(ids + count);
+  tm_route(&routing, static_cast<const float*>(logits), step.slots, step.tokens, ids, weights);
+  tm_mixture(static_cast<const Mixture*>(op.job), in, step.type, step.tokens, ids, weights, routing.top, residual, out);
+}
+
 void run(const Op& op, const Step& step) {
   const int64_t rows = op.picked ? step.picked : step.tokens;
   const int element = step.type == kTypeBf16 ? 2 : 4;
   const void* in = op.input < 0 ? nullptr : step.buffers[op.input];
   const void* residual = op.residual < 0 ? nullptr : step.buffers[op.residual];
+  const void* other = op.other < 0 ? nullptr : step.buffers[op.other];
   void* out = step.buffers[op.output];
   const bool tiles = step.type == kTypeBf16 && tiles_rows(rows), tiled = tiles && op.tiled;
   switch (op.kind) {
@@ -142,11 +166,13 @@ void run(const Op& op, const Step& step) {
                             op.size * element);
     case kLinear:
       return tm_linear(static_cast<const Packed*>(op.job), in, step.type, tiles && op.input_tiled, rows, residual, out,
-                       step.type, tiled);
+                       op.wide ? kTypeF32 : step.type, tiled);
     case kRmsNorm:
       return tm_rms_norm(in, nullptr, op.job, nullptr, out, rows, op.size, op.eps, op.factor, step.type, tiled);
     case kLayerNorm:
-      return tm_layer_norm(in, op.job, op.bias, out, rows, op.size, op.eps, step.type);
+      return tm_layer_norm(in, op.job, op.second, out, rows, op.size, op.eps, step.type);
+    case kNormWhole:
+      return tm_norm_whole(in, op.job, op.second, out, rows, op.size, op.left, op.middle, op.eps, op.factor, step.type);
     case kRopeStore:
       return rope(op, step, in, out);
     case kAttend:
@@ -158,6 +184,10 @@ void run(const Op& op, const Step& step) {
                   op.left * element, op.size * element);
     case kGate:
       return tm_activation_mul(in, out, rows, op.size, op.activation, step.type);
+    case kGateAdd:
+      return tm_gate_add(in, other, residual, out, rows, op.size, step.type);
+    case kMixture:
+      return mix(op, step, in, other, residual, out);
     case kScaleAdd:
       return with_type(step.type, [&](auto t) {
         using T = decltype(t);

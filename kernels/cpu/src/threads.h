@@ -24,7 +24,7 @@ int thread_count();
 // Memory of this thread's own, 64-byte aligned, valid until the thread asks for the same slot again.
 void* scratch(int slot, int64_t bytes);
 
-enum ScratchSlot { kPanel, kAccumulator, kRows, kPartial, kScratchSlots };
+enum ScratchSlot { kPanel, kAccumulator, kRows, kPartial, kExperts, kChoice, kScratchSlots };
 
 template <class T>
 T* scratch(ScratchSlot slot, int64_t count) {

@@ -120,7 +120,7 @@ TM_INLINE F sigmoid_for(F x) {
   return sigmoid(x);
 }
 
-enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };
+enum Activation { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kSwigluOai = 4 };  // the last is a gate only
 
 // An activation of x as a result of type T.
 template <class T>
@@ -138,6 +138,16 @@ TM_INLINE F activate(F x, int activation) {
     default:
       return x;
   }
+}
+
+// act(x) * up as a result of type T.
+template <class T>
+TM_INLINE F gated(F x, F up, int activation) {
+  if (activation != kSwigluOai) return activate<T>(x, activation) * up;
+  const F limit = splat(7.0f);
+  x = min(limit, x);
+  up = max(-limit, min(limit, up));
+  return (up + splat(1.0f)) * (x * sigmoid_for<T>(x * splat(1.702f)));
 }
 
 }  // namespace tokenmill
