@@ -1,4 +1,4 @@
-"""A weight that stays in GGUF's quantized blocks."""
+"""Weights that stay in GGUF's quantized blocks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class BlockWeight:
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        return self.blocks.shape[0], _elements(self.blocks, self.kind)
 
-        elements, width = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return self.blocks.shape[0], self.blocks.shape[1] // width * elements
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What holds the blocks."""
+        return (self.blocks,)
 
     def values(self) -> Tensor:
         """The weight [out, in] in full."""
@@ -35,7 +37,49 @@ class BlockWeight:
         return torch.from_numpy(exact).to(self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertBlocks:
+    """The weights [X, out, in] of a layer's experts. A file may hold their rows in several tensors: gate, then up."""
+
+    tensors: tuple[Tensor, ...]  # each [X, its rows, bytes of a row] uint8
+    kind: str
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, outputs and inputs."""
+        rows = sum(tensor.shape[1] for tensor in self.tensors)
+        return self.tensors[0].shape[0], rows, _elements(self.tensors[0], self.kind)
+
+    def __getitem__(self, expert: int) -> BlockWeight:
+        rows = [tensor[expert] for tensor in self.tensors]
+        return BlockWeight(rows[0] if len(rows) == 1 else torch.cat(rows), self.kind, self.dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def values(self) -> Tensor:
+        """The weights [X, out, in] in full."""
+        return torch.stack([self[expert].values() for expert in range(len(self))])
+
+
+def _elements(blocks: Tensor, kind: str) -> int:
+    """How many values a row holds."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    elements, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return blocks.shape[-1] // width * elements
+
+
 Weight = Tensor | BlockWeight
+Experts = Tensor | ExpertBlocks
+"""[X, out, in]"""
+Blocks = BlockWeight | ExpertBlocks
+
+
+def full(experts: Experts) -> Tensor:
+    """Experts' weights [X, out, in], unpacked."""
+    return experts if isinstance(experts, Tensor) else experts.values()
 
 
 def join(weights: Sequence[Weight]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine import cpu_products
-from tokenmill.engine.block_weight import Weight
+from tokenmill.engine.block_weight import Experts, Weight
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.kernel_set import (
@@ -108,8 +108,8 @@ class CpuKernels(ReferenceKernels):
 
     def make_mixture(
         self,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         activation: str,
         *,
         gate_up_bias: Tensor | None = None,

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenmill.engine.block_weight import BlockWeight, Weight, join_biases
+from tokenmill.engine.block_weight import BlockWeight, ExpertBlocks, Experts, Weight, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.kernels.cpu import elementwise
 from tokenmill.kernels.cpu.linear import PackedLinear
-from tokenmill.kernels.cpu.quantized import QuantizedLinear, magnitude
+from tokenmill.kernels.cpu.quantized import QuantizedLinear, largest_scale, magnitude
 
 BITS: dict[Quantization | None, int] = {"int8": 8, "int4": 4}
 HEAD_BITS = 8
@@ -71,11 +71,18 @@ def pack_head(weight: Weight, bias: Tensor | None, quantization: Quantization | 
 
 
 def pack_experts(
-    weights: Tensor, biases: Tensor | None, gate: str | None, quantization: Quantization | None
+    weights: Experts, biases: Tensor | None, gate: str | None, quantization: Quantization | None
 ) -> list[PackedLinear]:
     """One product for each of `weights` [X, out, in], with `biases` [X, out]: all in one format."""
     bits = BITS.get(quantization)
     added = [None] * len(weights) if biases is None else list(biases)
+    if isinstance(weights, ExpertBlocks):
+        kind = weights.kind
+        most = max(largest_scale(blocks, kind) for tensor in weights.tensors for blocks in tensor)
+        return [
+            QuantizedLinear.from_blocks(weights[i].blocks, kind, bias, gate, most)
+            for i, bias in enumerate(added)
+        ]
     if bits is None:
         return [PackedLinear(weight, bias, gate) for weight, bias in zip(weights, added, strict=True)]
     largest = max(magnitude(weight) for weight in weights)

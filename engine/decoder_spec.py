@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenmill.engine.block_weight import Weight
+from tokenmill.engine import block_weight
+from tokenmill.engine.block_weight import Blocks, Weight
 from tokenmill.kernels.reference import Routing
 
 
@@ -74,8 +75,8 @@ class Experts:
     """
 
     router: Linear
-    gate_up: Tensor
-    down: Tensor
+    gate_up: block_weight.Experts
+    down: block_weight.Experts
     routing: Routing
     activation: str
     gate_up_bias: Tensor | None = None
@@ -121,7 +122,7 @@ class DecoderSpec:
     ropes: list[Rope] = field(default_factory=list)
 
 
-def replace_tensors(part: Any, change: Callable[[Tensor], Weight]) -> None:
+def replace_tensors(part: Any, change: Callable[[Tensor], Tensor | Blocks]) -> None:
     """Put `change(tensor)` in the place of every tensor of a description or a part of one."""
     for name in part.__dataclass_fields__:
         value = getattr(part, name)

@@ -11,7 +11,7 @@ blocks in their place (`put_blocks`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine.block_weight import BlockWeight, Weight
+from tokenmill.engine.block_weight import Blocks, BlockWeight, ExpertBlocks
 from tokenmill.engine.decoder_spec import DecoderSpec, replace_tensors
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.weight_files import GGUFSummary, GGUFTensor
@@ -45,6 +45,17 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+"""Those of a mixture's, gate and up apart. `_join_experts` brings them together, as transformers holds them."""
 SANDWICH = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -68,6 +79,8 @@ FAMILIES = {
     "llama": Family({}, turned=True),
     "qwen2": Family({}),
     "qwen3": Family({}),
+    "qwen2moe": Family(EXPERTS),
+    "qwen3moe": Family(EXPERTS),
     "phi3": Family({"ffn_up": "mlp.gate_up_proj"}),
     "starcoder2": Family({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
     "gemma2": Family(SANDWICH, norm_offset=1.0),
@@ -93,7 +106,9 @@ def check_family(summary: GGUFSummary) -> Family:
     return family
 
 
-def read_tensors(file: Path, summary: GGUFSummary, config: Any, dtype: torch.dtype) -> dict[str, Weight]:
+def read_tensors(
+    file: Path, summary: GGUFSummary, config: Any, dtype: torch.dtype
+) -> dict[str, Tensor | Blocks]:
     """The file's tensors by the names of a checkpoint of `config`, values in `dtype`; raises LoadError.
 
     Blocks are views of the mapped file, but for rows that had to change places.
@@ -101,7 +116,7 @@ def read_tensors(file: Path, summary: GGUFSummary, config: Any, dtype: torch.dty
     family = check_family(summary)
     # Copy on write: what torch would take for a writable tensor must not be able to change the file.
     mapped = torch.from_numpy(np.memmap(file, mode="c", dtype=np.uint8))
-    found: dict[str, Weight] = {}
+    found: dict[str, Tensor | Blocks] = {}
     for tensor in summary.tensors:
         if tensor.name in IN_CONFIG:
             continue
@@ -109,7 +124,25 @@ def read_tensors(file: Path, summary: GGUFSummary, config: Any, dtype: torch.dty
         if family.turned and (heads := _turned_heads(tensor.name, config)):
             weight = _turn_back(weight, heads)
         found[checkpoint_name(tensor.name, family)] = weight
+    _join_experts(found)
     return found
+
+
+def _join_experts(found: dict[str, Tensor | Blocks]) -> None:
+    """Put `….experts.gate_up_proj` and `….experts.down_proj` in the place of the three that a file has."""
+    for name in [name for name in found if name.endswith(".experts.gate_proj.weight")]:
+        stem = name.removesuffix("gate_proj.weight")
+        gate, up, down = (found.pop(f"{stem}{part}_proj.weight", None) for part in ("gate", "up", "down"))
+        if isinstance(gate, Tensor) and isinstance(up, Tensor):
+            found[f"{stem}gate_up_proj"] = torch.cat([gate, up], dim=1)
+        elif isinstance(gate, ExpertBlocks) and isinstance(up, ExpertBlocks) and gate.kind == up.kind:
+            found[f"{stem}gate_up_proj"] = replace(gate, tensors=(*gate.tensors, *up.tensors))
+        else:
+            raise LoadError(
+                f"quantization gguf: {name} and its up_proj aren't of one type; leave quantization out"
+            )
+        if down is not None:
+            found[f"{stem}down_proj"] = down
 
 
 def read_values(file: Path, summary: GGUFSummary, name: str) -> Tensor | None:
@@ -134,11 +167,15 @@ def checkpoint_name(name: str, family: Family) -> str:
     return f"{layer}{known[stem]}.{suffix}"
 
 
-def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family) -> Weight:
+def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family) -> Tensor | Blocks:
     data = mapped[tensor.begin : tensor.begin + tensor.bytes]
+    if tensor.kind not in PLAIN and len(tensor.shape) == 3:
+        return ExpertBlocks((data.view(*tensor.shape[:2], -1),), tensor.kind, dtype)
     if tensor.kind not in PLAIN:
         return BlockWeight(data.view(tensor.shape[0], -1), tensor.kind, dtype)
     values = data.view(PLAIN[tensor.kind]).view(tensor.shape)
+    if tensor.name.endswith("ffn_gate_inp_shexp.weight"):
+        values = values.view(1, -1)  # a matrix of one row, which the converter wrote as a vector
     if tensor.name.endswith("norm.weight") and family.norm_offset:
         values = values.float() - family.norm_offset
     return values.to(dtype)
@@ -151,25 +188,30 @@ def _turned_heads(name: str, config: Any) -> int:
     return int(config.num_key_value_heads) if ".attn_k." in name else 0
 
 
-def _turn_back(weight: Weight, heads: int) -> Weight:
+def _turn_back(weight: Tensor | Blocks, heads: int) -> Tensor | Blocks:
     """Rows (first, second, first, …) of each head as (first …, second …), the way that transformers pairs them."""
     rows = torch.arange(weight.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, BlockWeight):
         return BlockWeight(weight.blocks[rows], weight.kind, weight.dtype)
+    assert isinstance(weight, Tensor)
     return weight[rows]
 
 
-def stand_ins(weights: dict[str, Weight]) -> dict[str, Tensor]:
+def stand_ins(weights: dict[str, Tensor | Blocks]) -> dict[str, Tensor]:
     """Tensors of the weights' shapes; those in blocks become zeros that take no memory."""
     return {
-        name: weight
-        if isinstance(weight, Tensor)
-        else torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        name: weight if isinstance(weight, Tensor) else _zeros(weight.shape, weight.dtype)
         for name, weight in weights.items()
     }
 
 
-def put_blocks(spec: DecoderSpec, module: nn.Module, blocks: dict[str, BlockWeight]) -> None:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Of experts one is there for all, since torch's grouped product wants rows that lie side by side."""
+    once = torch.zeros(shape[1:] if len(shape) == 3 else (), dtype=dtype)
+    return once.expand(shape)
+
+
+def put_blocks(spec: DecoderSpec, module: nn.Module, blocks: dict[str, Blocks]) -> None:
     """Put each weight that stays in blocks where `spec` has the parameter of `module` that stands for it."""
     held = {id(parameter): blocks[name] for name, parameter in module.named_parameters() if name in blocks}
     replace_tensors(spec, lambda tensor: held.get(id(tensor), tensor))

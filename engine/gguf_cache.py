@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 DESCRIPTION = "description"
+HIDDEN_OF = {
+    "ffn_down_exps": "moe_intermediate_size",
+    "ffn_down_shexp": "shared_expert_intermediate_size",
+}
+"""Tensors by whose inputs a config's fields are known."""
 logger = logging.getLogger(__name__)
 
 
@@ -129,11 +134,21 @@ def _describe(where: dict[str, Any], file: Path) -> tuple[PreTrainedConfig, PreT
     from transformers import AutoConfig, AutoTokenizer
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(**where)
-    divisors = read_values(file, read_summary(file), "rope_freqs.weight")
+    summary = read_summary(file)
+    _count_hidden(config, summary)
+    divisors = read_values(file, summary, "rope_freqs.weight")
     if divisors is not None:
         _divide_frequencies(config, divisors.tolist())
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)
     return config, tokenizer
+
+
+def _count_hidden(config: Any, summary: GGUFSummary) -> None:
+    """How many hidden values an expert has, which transformers' reader doesn't look for."""
+    shapes = {tensor.name: tensor.shape for tensor in summary.tensors}
+    for name, field in HIDDEN_OF.items():
+        if hasattr(config, field) and (shape := shapes.get(f"blk.0.{name}.weight")):
+            setattr(config, field, shape[-1])
 
 
 def _divide_frequencies(config: Any, divisors: list[float]) -> None:

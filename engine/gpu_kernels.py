@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenmill.engine.block_weight import Weight, join, join_biases
+from tokenmill.engine.block_weight import Experts, Weight, full, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.gpu_fp8 import Fp8Linear
 from tokenmill.engine.kernel_set import (
@@ -186,8 +186,8 @@ class GpuKernels(ReferenceKernels):
 
     def make_mixture(
         self,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         activation: str,
         *,
         gate_up_bias: Tensor | None = None,
@@ -195,11 +195,11 @@ class GpuKernels(ReferenceKernels):
     ) -> Mixture:
         if self.quantization == "fp8_dynamic":
             raise LoadError("quantization fp8_dynamic isn't done for a mixture of experts yet; say fp8")
-        gate_up, down = self._quantized(gate_up), self._quantized(down)
+        held = [self._quantized(full(weights)) for weights in (gate_up, down)]
         tile = DECODE_TILE if self.deterministic else None
         biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
         mix = partial(
-            gpu.mixture, gate_up=gate_up, down=down, activation=activation, tile_rows=tile, **biases
+            gpu.mixture, gate_up=held[0], down=held[1], activation=activation, tile_rows=tile, **biases
         )
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenmill.engine.block_weight import Weight, join, join_biases
+from tokenmill.engine.block_weight import Experts, Weight, full, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.kernels import reference
 
@@ -176,18 +176,17 @@ class ReferenceKernels:
 
     def make_mixture(
         self,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Experts,
+        down: Experts,
         activation: str,
         *,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> Mixture:
         """The experts of a layer: `gate_up` [X, 2 * I, in] with the gate first, `down` [X, out, I], biases alike."""
+        held = full(gate_up), full(down)
         mix = partial(reference.mixture, gate_up_bias=gate_up_bias, down_bias=down_bias)
-        return lambda x, ids, weights, residual: mix(
-            x, ids, weights, gate_up, down, activation, residual=residual
-        )
+        return lambda x, ids, weights, residual: mix(x, ids, weights, *held, activation, residual=residual)
 
     def own_threads(self) -> None:
         """A whole forward pass runs on these kernels now: libraries that would compete with their threads yield."""

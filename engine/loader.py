@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenmill.engine import attention, gguf, gguf_cache, guards
-from tokenmill.engine.block_weight import BlockWeight
+from tokenmill.engine.block_weight import Blocks
 from tokenmill.engine.checkpoint import Checkpoint, resolve
 from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
@@ -64,7 +64,7 @@ class LoadedModel:
     size: ModelSize
     verdict: Verdict
     """Which ways of running it are right."""
-    blocks: dict[str, BlockWeight] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
     """Parameters whose values stay in a GGUF file's blocks; in the module zeros stand for them."""
     copied: bool = False
     """On a CPU: whether the weights take memory of their own, because they were converted as they were read."""
@@ -94,7 +94,9 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     pin_rope(module, max_context)
     width = _logits_width(module, text_config)
     parameters = sum(x.numel() for x in module.parameters())
-    held = module.state_dict(keep_vars=True) | {name: x.blocks for name, x in opened.blocks.items()}
+    held = module.state_dict(keep_vars=True) | {
+        f"{name}.{i}": tensor for name, x in opened.blocks.items() for i, tensor in enumerate(x.tensors)
+    }
     fingerprint = fingerprint_of(held, _settings(text_config), config.quantization, config.tensor_parallel)
     # No batch of ours is padded, but some types look for padding in every forward, waiting for the device.
     # (Past the attribute's own check: strict configs take no None for it.)
@@ -153,7 +155,7 @@ class _Opened:
     module: PreTrainedModel
     tokenizer: TokenizerInfo
     verdict: Verdict
-    blocks: dict[str, BlockWeight] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
 
 
 def _open(
@@ -211,7 +213,7 @@ def _open_blocks(file: Path, dtype: torch.dtype, progress: Progress) -> _Opened:
             raise LoadError(f"quantization gguf: the file holds {strange}, which a {own.model_type} hasn't")
         progress("reading the tokenizer", None)
         tokenizer = load_tokenizer_info(folder, full, "")
-    blocks = {name: weight for name, weight in weights.items() if isinstance(weight, BlockWeight)}
+    blocks = {name: weight for name, weight in weights.items() if not isinstance(weight, torch.Tensor)}
     return _Opened(_frozen(module), tokenizer, verdict, blocks)
 
 

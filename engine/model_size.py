@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokenmill.engine.block_weight import BlockWeight
+    from tokenmill.engine.block_weight import Blocks
     from tokenmill.engine.config import Quantization
 
 
@@ -31,7 +31,7 @@ def size_of(
     module: Any,
     text_config: object,
     quantization: Quantization | None = None,
-    blocks: dict[str, BlockWeight] | None = None,
+    blocks: dict[str, Blocks] | None = None,
 ) -> ModelSize:
     """The size of a causal LM. An input embedding counts only where it is the output's too: it is looked up."""
     held = blocks or {}
@@ -43,7 +43,7 @@ def size_of(
         size, width = weight.numel(), BYTES.get(str(quantization), weight.element_size())
         if head is not None and weight is head.weight and quantization in BYTES:
             width = 1.0 if weight.device.type == "cpu" else weight.element_size()
-        taken = held[name].blocks.numel() if name in held else size * width
+        taken = sum(x.numel() for x in held[name].tensors) if name in held else size * width
         if ".experts." in name:
             experts, expert_bytes = experts + size, expert_bytes + taken
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenmill.engine.attention import LayerSpec
-from tokenmill.engine.block_weight import Weight
+from tokenmill.engine.block_weight import Weight, full
 from tokenmill.engine.decoder_spec import MLP, Attention, DecoderSpec, Experts, Linear, replace_tensors
 from tokenmill.engine.load_error import LoadError
 
@@ -117,9 +117,9 @@ def _cut_feed(feed: MLP | Experts, share: Share) -> None:
         return
     inner = feed.down.shape[2]
     own = share.of(inner)
-    gate, up = feed.gate_up[:, :inner], feed.gate_up[:, inner:]
-    feed.gate_up = torch.cat([gate[:, own], up[:, own]], dim=1)
-    feed.down = feed.down[:, :, own]
+    gate_up = full(feed.gate_up)
+    feed.gate_up = torch.cat([gate_up[:, :inner][:, own], gate_up[:, inner:][:, own]], dim=1)
+    feed.down = full(feed.down)[:, :, own]
     if feed.shared is not None:
         _cut_mlp(feed.shared, share)
 

@@ -92,8 +92,12 @@ class QuantizedLinear(PackedLinear):
         kind: str,
         bias: Tensor | None = None,
         activation: str | None = None,
+        largest: float | None = None,
     ) -> QuantizedLinear:
-        """From GGUF blocks [out, bytes of a row] uint8 of a type in BLOCKS; rows may have been permuted."""
+        """From GGUF blocks [out, bytes of a row] uint8 of a type in BLOCKS; rows may have been permuted.
+
+        `largest` is the largest of `largest_scale` over it and those that it shall share a unit with.
+        """
         if kind not in BLOCKS:
             raise ValueError(f"block type must be one of {', '.join(BLOCKS)}, not {kind}")
         block = BLOCKS[kind]
@@ -106,8 +110,7 @@ class QuantizedLinear(PackedLinear):
             format=block.format, group=block.group, zero_point=block.zero_point, minima=block.minima, unit=1.0
         )
         if block.scale_at:
-            factors = [_halves(blocks, block, at).abs().amax() for at in block.scale_at]
-            struct.unit = _unit(float(torch.stack(factors).amax()) * block.scale_factor)
+            struct.unit = _unit(largest_scale(blocks, kind) if largest is None else largest)
         linear = cls.__new__(cls)
         inputs = blocks.shape[1] // block.block_bytes * block.elements
         linear._fill(struct, block.number, blocks, inputs, activation)
@@ -119,6 +122,13 @@ class QuantizedLinear(PackedLinear):
     ) -> None:
         self._lay_out(struct, weight.shape[0], inputs, activation)
         required().tm_pack_quantized(self._address, source, weight.data_ptr(), self.data.data_ptr())
+
+
+def largest_scale(blocks: Tensor, kind: str) -> float:
+    """The largest magnitude of the scales and minima in blocks [out, bytes of a row]; 0 where they need no unit."""
+    block = BLOCKS[kind]
+    factors = [float(_halves(blocks, block, at).abs().amax()) for at in block.scale_at]
+    return max(factors, default=0.0) * block.scale_factor
 
 
 def magnitude(weight: Tensor) -> float:

@@ -13,11 +13,12 @@ from checkpoints import tiny
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, quantize
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
-    "starcoder2": "starcoder2", "gemma2": "gemma2", "gemma3_text": "gemma3"
+    "starcoder2": "starcoder2", "gemma2": "gemma2", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
 }  # fmt: skip
 """A checkpoint's model_type → what llama.cpp calls it."""
 GEMMA = {
@@ -33,6 +34,10 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "mlp.gate_up_proj": "ffn_up", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
 Q4_1 = ".*(proj|c_fc).weight"
 
@@ -56,7 +61,7 @@ def gguf_of(
     writer = GGUFWriter(str(file), architecture)
     _write_config(writer, config, architecture)
     _write_tokenizer(writer, folder)
-    for name, weight in load_file(folder / "model.safetensors").items():
+    for name, weight in _with_joined_experts(load_file(folder / "model.safetensors")).items():
         values = _as_llama_cpp(name, weight.float(), config, architecture).contiguous().numpy()
         kind = next((kind for pattern, kind in (kinds or {}).items() if re.fullmatch(pattern, name)), None)
         _add(writer, _gguf_name(name, architecture), values, kind)
@@ -69,10 +74,23 @@ def gguf_of(
     return file
 
 
-def unpacked_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
+def _with_joined_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`experts.0.up_proj.weight`, `experts.1.up_proj.weight`, … as one tensor `experts.up_proj.weight`."""
+    joined: dict[str, list[Tensor]] = {}
+    for name in sorted(weights, key=lambda name: [int(x) if x.isdigit() else 0 for x in name.split(".")]):
+        joined.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(weights[name])
+    return {name: torch.stack(each) if ".experts." in name else each[0] for name, each in joined.items()}
+
+
+def unpacked_model(file: Path, dtype: torch.dtype = torch.float32, expert_size: int = 32) -> Any:
     """The file in transformers' own code with eager attention, its blocks unpacked by transformers' reader."""
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    if config.model_type.endswith("_moe"):  # the reader passes over these
+        config.moe_intermediate_size = expert_size
+        config.shared_expert_intermediate_size = expert_size
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
+        config=config,
         gguf_file=file.name,
         quantization_config=GgufConfig(dequantize=True),
         attn_implementation="eager",
@@ -92,14 +110,14 @@ def _add(writer: GGUFWriter, name: str, values: Any, kind: str | None) -> None:
         writer.add_tensor(name, quantize(values, number), raw_dtype=number)
 
 
-def _random_blocks(shape: tuple[int, int], kind: str) -> Any:
+def _random_blocks(shape: tuple[int, ...], kind: str) -> Any:
     elements, width = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     generator = np.random.default_rng(shape[0])
-    blocks = generator.integers(0, 256, (shape[0], -(-shape[1] // elements), width), dtype=np.uint8)
-    factors = generator.uniform(1e-4, 2e-4, blocks.shape[:2]).astype(np.float16)
+    blocks = generator.integers(0, 256, (*shape[:-1], -(-shape[-1] // elements), width), dtype=np.uint8)
+    factors = generator.uniform(1e-4, 2e-4, blocks.shape[:-1]).astype(np.float16)
     for at in (208,) if kind == "Q6_K" else (0, 2):
-        blocks[:, :, at : at + 2] = factors[..., None].view(np.uint8)
-    return blocks.reshape(shape[0], -1)
+        blocks[..., at : at + 2] = factors[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str) -> None:
@@ -124,6 +142,10 @@ def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str)
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     writer.add_vocab_size(config["vocab_size"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def _write_tokenizer(writer: GGUFWriter, folder: Path) -> None:
@@ -154,6 +176,8 @@ def _as_llama_cpp(name: str, weight: Tensor, config: dict[str, Any], architectur
     """llama.cpp turns neighbouring pairs of a head, transformers its halves; and its norms hold what they scale by."""
     if architecture.startswith("gemma") and "norm" in name:
         return weight + 1
+    if name.endswith("shared_expert_gate.weight"):
+        return weight.flatten()
     if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         half = weight.shape[0] // heads // 2

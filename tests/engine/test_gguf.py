@@ -20,7 +20,11 @@ from tokenmill.engine.weight_files import read_gguf_header
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 PROMPTS = [[7, 3, 250, 99, 101, 14, 15, 16, 200, 201], list(range(20, 65)), [9]]
-AS_PUBLISHED = {"qwen3": {"head_dim": 128}, "gemma2": {"tie_word_embeddings": True}}
+AS_PUBLISHED = {
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"tie_word_embeddings": True},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
 """What transformers' reader takes for granted, since every published model of the type has it."""
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -75,6 +79,33 @@ def test_siblings_of_different_types(tmp_path: Path) -> None:
     llm = packed(file)
     assert type(llm.engine.runner.forward._logits).__name__ == "TapedDecoder"
     check_greedy(llm, unpacked_model(file), tolerance=2e-2)  # group scales are rounded to half precision
+
+
+def test_experts_in_blocks_of_several_types(tmp_path: Path) -> None:
+    """As in Q4_K_M files: what leads back takes more bits in some layers. Scales of all experts share one unit."""
+    kinds = {
+        ".*layers.0.*experts.down_proj.weight": "Q6_K",
+        ".*experts.(gate|up|down)_proj.weight": "Q4_K",
+        ".*(embed_tokens|proj).weight": "Q8_0",
+    }
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "moe_intermediate_size": 256}
+    file = gguf_of("qwen3_moe", tmp_path / "model.gguf", kinds, norm_topk_prob=True, **sizes)
+    llm = packed(file)
+    assert type(llm.engine.runner.forward._logits).__name__ == "TapedDecoder"
+    check_greedy(llm, unpacked_model(file, expert_size=256), tolerance=2e-2)
+
+
+def test_a_mixture_unpacked(tmp_path: Path) -> None:
+    """Without a quantization, by way of transformers' reader, which doesn't know how large experts are."""
+    file = gguf_of("qwen2_moe", tmp_path / "model.gguf", {Q4_1: "Q4_1"})
+    check_greedy(LLM(str(file), dtype="float32", max_context=128, num_blocks=100), unpacked_model(file))
+
+
+def test_gates_of_another_type_are_refused(tmp_path: Path) -> None:
+    kinds = {".*experts.gate_proj.weight": "Q8_0", ".*experts.up_proj.weight": "Q4_0"}
+    file = gguf_of("qwen3_moe", tmp_path / "model.gguf", kinds, **AS_PUBLISHED["qwen3_moe"])
+    with pytest.raises(LoadError, match="and its up_proj aren't of one type"):
+        packed(file)
 
 
 def test_plain_tensors_stay_plain(tmp_path: Path) -> None:
