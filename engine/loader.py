@@ -94,9 +94,9 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     pin_rope(module, max_context)
     width = _logits_width(module, text_config)
     parameters = sum(x.numel() for x in module.parameters())
-    held = module.state_dict(keep_vars=True) | {
-        f"{name}.{i}": tensor for name, x in opened.blocks.items() for i, tensor in enumerate(x.tensors)
-    }
+    held = {name: x for name, x in module.state_dict(keep_vars=True).items() if name not in opened.blocks}
+    for name, blocks in opened.blocks.items():
+        held |= {f"{name}.{i}": tensor for i, tensor in enumerate(blocks.tensors)}
     fingerprint = fingerprint_of(held, _settings(text_config), config.quantization, config.tensor_parallel)
     # No batch of ours is padded, but some types look for padding in every forward, waiting for the device.
     # (Past the attribute's own check: strict configs take no None for it.)

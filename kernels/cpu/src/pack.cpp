@@ -40,9 +40,12 @@ void choose_table(Packed& w, const bf16* weight) {
 }
 
 void pack_f32(const Packed& w, const float* weight, int64_t pair, float* to) {
-  for (int c = 0; c < kPair; ++c) {
-    int64_t row = w.row_of(pair, c);
-    for (int64_t k = 0; k < w.in; ++k) to[k * kPair + c] = row < 0 ? 0.0f : weight[row * w.in + k];
+  for (int64_t from = 0; from < w.in; from += kStep) {  // a step stays in the nearest cache while its columns come
+    const int64_t end = std::min<int64_t>(from + kStep, w.in);
+    for (int c = 0; c < kPair; ++c) {
+      const int64_t row = w.row_of(pair, c);
+      for (int64_t k = from; k < end; ++k) to[k * kPair + c] = row < 0 ? 0.0f : weight[row * w.in + k];
+    }
   }
 }
 

@@ -25,77 +25,86 @@ uint16_t float_to_half(float value) {
   return sign | static_cast<uint16_t>((bits - 0x38000000u) >> 13);
 }
 
-int rounded(float value, int low, int high) {
-  return std::min(high, std::max(low, static_cast<int>(std::lrint(value))));
+// The group's values in whole vectors, zero beyond the weight's end.
+template <class T>
+void read_plain(const Packed& w, const T* weight, int64_t row, int64_t g, float* values) {
+  const T* from = weight + row * w.in + g * w.group;
+  const int64_t there = w.in - g * w.group;
+  for (int64_t i = 0; i < w.group; i += kLanes) store(values + i, i < there ? load_up_to(from + i, there - i) : F{});
 }
 
 // Plain weights: 8 bits about zero, 4 bits between the group's extremes.
 void round_group(const Packed& w, const float* values, Group& group) {
-  float low = 0, high = 0;
-  for (int64_t k = 0; k < w.group; ++k) {
-    low = std::min(low, values[k]);
-    high = std::max(high, values[k]);
+  F lowest = {}, highest = {};
+  for (int64_t k = 0; k < w.group; k += kLanes) {
+    lowest = min(lowest, load(values + k));
+    highest = max(highest, load(values + k));
   }
+  const float low = -reduce_max(-lowest), high = reduce_max(highest);
   const float exact = w.format == kInt4 ? (high - low) / 15 : std::max(high, -low) / 127;
   group.scale = half_to_float(float_to_half(exact / w.unit)) * w.unit;
   group.minimum = w.minima ? half_to_float(float_to_half(low / w.unit)) * w.unit : 0.0f;
-  const float inverse = group.scale > 0 ? 1 / group.scale : 0.0f;
-  for (int64_t k = 0; k < w.group; ++k) {
-    const float steps = (values[k] - group.minimum) * inverse;
-    group.integers[k] = static_cast<int8_t>(w.format == kInt4 ? rounded(steps, 0, 15) : rounded(steps, -127, 127));
-  }
-}
-
-template <class T>
-void read_plain(const Packed& w, const T* weight, int64_t row, int64_t g, float* values) {
-  for (int64_t i = 0; i < w.group; ++i) {
-    const int64_t k = g * w.group + i;
-    values[i] = k < w.in ? to_float(weight[row * w.in + k]) : 0.0f;
-  }
-}
-
-// Puts one group of packed column c in place.
-void write_group(const Packed& w, const Group& group, int c, uint8_t* to) {
-  uint16_t* scales = reinterpret_cast<uint16_t*>(to);
-  scales[c] = float_to_half(group.scale / w.unit);
-  if (w.minima) scales[kPair + c] = float_to_half(group.minimum / w.unit);
-  const int depth = w.depth();
-  for (int64_t k = 0; k < w.group; ++k) {
-    uint8_t* step = to + w.scale_bytes() + k / depth * w.step_bytes();
-    const int place = place_in_step(static_cast<int>(k % depth), c, depth);
-    if (w.format == kInt4) {
-      const int nibble = group.integers[k] + w.zero_point, line = place / 32;
-      step[line / 2 * 32 + place % 32] |= static_cast<uint8_t>(nibble << (line % 2 * 4));
-    } else {
-      step[place] = static_cast<uint8_t>(group.integers[k]);
+  const F inverse = splat(group.scale > 0 ? 1 / group.scale : 0.0f), minimum = splat(group.minimum);
+  const F least = splat(w.format == kInt4 ? 0.0f : -127.0f), most = splat(w.format == kInt4 ? 15.0f : 127.0f);
+  const F shift = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  for (int64_t k = 0; k < w.group; k += kLanes) {
+    const F steps = max(least, min(most, (load(values + k) - minimum) * inverse));
+    const I whole = bits_of<NativeI>(steps + shift) - bits_of<NativeI>(shift);
+    TM_EACH {
+      int8_t __attribute__((vector_size(kNative))) bytes = __builtin_convertvector(whole.part[p], decltype(bytes));
+      std::memcpy(group.integers + k + p * kNative, &bytes, kNative);
     }
+  }
+}
+
+// Integers [32 columns][group] into a group's steps: two of a column at a time, which stay side by side.
+void write_integers(const Packed& w, const int8_t* integers, uint8_t* to) {
+  const int depth = w.depth(), lines = depth / 2;
+  const uint8_t zero = static_cast<uint8_t>(w.zero_point);
+  for (int64_t k = 0; k < w.group; k += depth, to += w.step_bytes()) {
+    for (int line = 0; line < 2 * lines; ++line) {
+      const int8_t* from = integers + line / lines * 16 * w.group + k + line % lines * 2;
+      uint8_t bytes[32];
+      for (int c = 0; c < 16; ++c) std::memcpy(bytes + 2 * c, from + c * w.group, 2);
+      if (w.format == kInt8) {
+        std::memcpy(to + line * 32, bytes, 32);
+        continue;
+      }
+      uint8_t* both = to + line / 2 * 32;
+      for (int i = 0; i < 32; ++i) {
+        const uint8_t nibble = static_cast<uint8_t>(bytes[i] + zero);
+        both[i] = static_cast<uint8_t>(line % 2 ? both[i] | nibble << 4 : nibble);
+      }
+    }
+  }
+}
+
+// A column's group; one that doesn't exist has a scale of zero.
+void read_group(const Packed& w, int source, const void* weight, int64_t row, int64_t g, Group& group) {
+  if (row < 0) {
+    std::memset(group.integers, 0, static_cast<size_t>(w.group));
+  } else if (source >= kQ4_0) {
+    read_block_group(source, static_cast<const uint8_t*>(weight), row * w.in + g * w.group, group);
+  } else {
+    float* values = scratch<float>(kAccumulator, w.group);
+    with_type(source, [&](auto element) {
+      read_plain(w, static_cast<const decltype(element)*>(weight), row, g, values);
+    });
+    round_group(w, values, group);
   }
 }
 
 void pack_pair(const Packed& w, int source, const void* weight, int64_t pair, uint8_t* to) {
-  std::memset(to, 0, static_cast<size_t>(w.pair_bytes()));
-  int8_t* integers = scratch<int8_t>(kPanel, w.group);
-  float* values = scratch<float>(kAccumulator, w.group);
-  for (int c = 0; c < kPair; ++c) {
-    const int64_t row = w.row_of(pair, c);
-    for (int64_t g = 0; row >= 0 && g < w.groups(); ++g) {
-      Group group{0, 0, integers};
-      if (source >= kQ4_0) {
-        read_block_group(source, static_cast<const uint8_t*>(weight), row * w.in + g * w.group, group);
-      } else {
-        if (source == kTypeBf16) {
-          read_plain(w, static_cast<const bf16*>(weight), row, g, values);
-        } else {
-          read_plain(w, static_cast<const float*>(weight), row, g, values);
-        }
-        round_group(w, values, group);
-      }
-      write_group(w, group, c, to + g * w.group_bytes());
+  int8_t* integers = scratch<int8_t>(kPanel, kPair * w.group);
+  for (int64_t g = 0; g < w.groups(); ++g, to += w.group_bytes()) {
+    uint16_t* scales = reinterpret_cast<uint16_t*>(to);
+    for (int c = 0; c < kPair; ++c) {
+      Group group{0, 0, integers + c * w.group};
+      read_group(w, source, weight, w.row_of(pair, c), g, group);
+      scales[c] = float_to_half(group.scale / w.unit);
+      if (w.minima) scales[kPair + c] = float_to_half(group.minimum / w.unit);
     }
-    if (row >= 0 || w.format != kInt4) continue;
-    Group empty{0, 0, integers};  // rows that don't exist hold zeros, whatever nibble stands for zero
-    std::memset(integers, 0, static_cast<size_t>(w.group));
-    for (int64_t g = 0; g < w.groups(); ++g) write_group(w, empty, c, to + g * w.group_bytes());
+    write_integers(w, integers, to + w.scale_bytes());
   }
 }
 
