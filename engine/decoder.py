@@ -135,6 +135,7 @@ class Decoder:
 
     def _sparse(self, experts: spec.Experts) -> _Sparse:
         make, gate = self._kernels.make_exact, experts.shared_gate
+        experts.arrange()
         sparse = _Sparse(
             router=self._kernels.make_router(experts.router.weight, experts.router.bias),
             mix=self._kernels.make_mixture(
@@ -286,5 +287,6 @@ def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:
             part.weight, part.bias = NOTHING, None
         elif isinstance(part, spec.Experts):
             part.gate_up = part.down = NOTHING
+            part.gate_up_bias = part.down_bias = None
         else:
             part.embedding = NOTHING

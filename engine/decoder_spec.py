@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenmill.engine import block_weight
@@ -72,6 +73,9 @@ class Experts:
 
     `gate_up` [X, 2 * I, in] holds each gate before its up rows, `down` is [X, out, I]; biases are [X, 2 * I] and
     [X, out]. `shared` is an expert for every token, times the sigmoid of `shared_gate` where that is given.
+
+    Until it is `arranged`, a model may hold its matrices as [X, in, out] (`transposed`), and each gate row beside
+    its up row (`interleaved`).
     """
 
     router: Linear
@@ -83,6 +87,29 @@ class Experts:
     down_bias: Tensor | None = None
     shared: MLP | None = None
     shared_gate: Linear | None = None
+    transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Hidden values of an expert."""
+        return self.down.shape[1 if self.transposed else 2]
+
+    def arrange(self) -> None:
+        """Bring the matrices into the order that kernels read. What was in another one is copied."""
+        gate_up, down, bias = self.gate_up, self.down, self.gate_up_bias
+        if not self.transposed and not self.interleaved:
+            return
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        if self.transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        if self.interleaved:
+            gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
+            bias = None if bias is None else torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1)
+        gate_up, down = gate_up.contiguous(), down.contiguous()
+        self.gate_up, self.down, self.gate_up_bias = gate_up, down, bias
+        self.transposed = self.interleaved = False
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmill.engine import describe_parts as parts
 from tokenmill.engine.attention import LayerSpec
 from tokenmill.engine.decoder_spec import (
     MLP,
@@ -21,16 +22,11 @@ from tokenmill.engine.decoder_spec import (
     Experts,
     Layer,
     Linear,
-    Norm,
     Rope,
     replace_tensors,
 )
-from tokenmill.kernels.reference import Routing
-
-
-class NotUnderstood(ValueError):
-    """The model isn't a decoder of this kind; the message says what stood out."""
-
+from tokenmill.engine.describe_experts import experts
+from tokenmill.engine.describe_parts import NotUnderstood
 
 SANDWICH = (
     "input_layernorm",
@@ -81,7 +77,7 @@ def describe(
             _layer(layer, cached, config, ropes, index)
             for index, (layer, cached) in enumerate(zip(inner.layers, layers, strict=True))
         ],
-        norm=_norm(_one_of(inner, "norm", "final_layernorm")),
+        norm=parts.norm(parts.one_of(inner, "norm", "final_layernorm")),
         head=Linear(head.weight, head.bias),
         residual_scale=float(getattr(config, "residual_multiplier", None) or 1.0),
         logit_scale=_logit_scale(config),
@@ -113,28 +109,28 @@ def _layer(layer: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, inde
     places = NORM_PLACES.get(frozenset(norms))
     if places is None:
         raise NotUnderstood(f"a layer with the norms {', '.join(sorted(norms)) or 'none'}")
-    attention = _attention(_one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
+    attention = _attention(parts.one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
     *names, parallel = places
     before, after, mlp_before, mlp_after = (
-        None if name is None else _norm(norms[str(name)]) for name in names
+        None if name is None else parts.norm(norms[str(name)]) for name in names
     )
-    mlp = _feed(_one_of(layer, "mlp", "feed_forward"))
-    return Layer(attention, mlp, before, after, mlp_before, mlp_after, bool(parallel))
+    feed = _feed(layer, parts.one_of(layer, "mlp", "feed_forward", "block_sparse_moe"))
+    return Layer(attention, feed, before, after, mlp_before, mlp_after, bool(parallel))
 
 
 def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, index: int) -> Attention:
     if cached.key_size != cached.value_size:
         raise NotUnderstood("keys and values of different sizes")
     if hasattr(part, "qkv_proj"):
-        qkv = [_linear(part.qkv_proj)]
+        qkv = [parts.linear(part.qkv_proj)]
     else:
-        qkv = [_linear(getattr(part, name, None)) for name in ("q_proj", "k_proj", "v_proj")]
-    out = _linear(_one_of(part, "o_proj", "dense"))
+        qkv = [parts.linear(getattr(part, name, None)) for name in ("q_proj", "k_proj", "v_proj")]
+    out = parts.linear(parts.one_of(part, "o_proj", "dense"))
     heads = out.weight.shape[1] // cached.key_size
     sinks = getattr(part, "sinks", None)
     q_norm, k_norm = (
-        _optional_norm(part, "q_norm", "q_layernorm"),
-        _optional_norm(part, "k_norm", "k_layernorm"),
+        parts.optional_norm(part, "q_norm", "q_layernorm"),
+        parts.optional_norm(part, "k_norm", "k_layernorm"),
     )
     if any(norm is not None and (norm.mean or norm.bias is not None) for norm in (q_norm, k_norm)):
         raise NotUnderstood("query and key norms that subtract the mean")
@@ -154,116 +150,11 @@ def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, i
     )
 
 
-def _feed(part: nn.Module) -> MLP | Experts:
-    return _experts(part) if hasattr(part, "experts") else _mlp(part)
-
-
-def _experts(part: nn.Module) -> Experts:
-    """A sparse block of a router named gate, experts in two tensors, and perhaps a shared expert."""
-    known = {"gate", "experts", "shared_expert", "shared_expert_gate"}
-    strange = {name for name, _ in part.named_children()} - known
-    if strange:
-        raise NotUnderstood(f"{type(part).__name__} with {min(strange)}")
-    router, experts = _one_of(part, "gate"), _one_of(part, "experts")
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
-        raise NotUnderstood(f"experts of a {type(experts).__name__}")
-    if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != down.shape[1]:
-        raise NotUnderstood(f"experts of {list(gate_up.shape)} and {list(down.shape)}")
-    weight, top = getattr(router, "weight", None), getattr(router, "top_k", None)
-    if not isinstance(weight, Tensor) or not isinstance(top, int) or len(list(router.parameters())) != 1:
-        raise NotUnderstood(f"router {type(router).__name__}")
-    shared, gate = getattr(part, "shared_expert", None), getattr(part, "shared_expert_gate", None)
-    return Experts(
-        router=Linear(weight),
-        gate_up=gate_up,
-        down=down,
-        routing=Routing(top, _renormalizes(router, weight, top)),
-        activation=_activation(_one_of(experts, "act_fn")),
-        shared=None if shared is None else _mlp(shared),
-        shared_gate=None if gate is None else _linear(gate),
-    )
-
-
-def _renormalizes(router: Any, weight: Tensor, top: int) -> bool:
-    """Whether the chosen experts' weights are made to sum to one, by what the router does to known vectors."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    try:
-        _, found, chosen = router(probe)
-    except Exception as error:
-        raise NotUnderstood(f"router {type(router).__name__}") from error
-    scores = nn.functional.linear(probe, weight).float().softmax(-1).gather(-1, chosen)
-    for renormalize in (True, False):
-        expected = scores / scores.sum(-1, keepdim=True) if renormalize else scores
-        if found.shape == expected.shape and (found.float() - expected).norm() <= 0.02 * expected.norm():
-            return renormalize
-    raise NotUnderstood(f"router {type(router).__name__}")
-
-
-def _mlp(part: nn.Module) -> MLP:
-    activation = _activation(_one_of(part, "act_fn", "activation_fn", "act", "activation"))
-    if hasattr(part, "gate_up_proj"):
-        return MLP([_linear(part.gate_up_proj)], True, _linear(getattr(part, "down_proj", None)), activation)
-    if hasattr(part, "gate_proj"):
-        pair = [_linear(part.gate_proj), _linear(getattr(part, "up_proj", None))]
-        return MLP(pair, True, _linear(getattr(part, "down_proj", None)), activation)
-    up = _linear(_one_of(part, "c_fc", "fc1", "up_proj"))
-    return MLP([up], False, _linear(_one_of(part, "c_proj", "fc2", "down_proj")), activation)
-
-
-def _activation(function: Any) -> str:
-    """Which of the kernels' activations this is, by its values."""
-    x = torch.linspace(-4, 4, 65)
-    candidates = {
-        "silu": nn.functional.silu(x),
-        "gelu": nn.functional.gelu(x),
-        "gelu_tanh": nn.functional.gelu(x, approximate="tanh"),
-    }
-    try:
-        value = function(x)
-    except Exception as error:
-        raise NotUnderstood(f"activation {type(function).__name__}") from error
-    for name, expected in candidates.items():
-        if torch.allclose(value, expected, atol=1e-6):
-            return name
-    raise NotUnderstood(f"activation {type(function).__name__}")
-
-
-def _norm(part: nn.Module) -> Norm:
-    """Which norm this is, by what it does to a known vector."""
-    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
-    eps = next((getattr(part, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(part, n)), None)
-    if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.ndim != 1:
-        raise NotUnderstood(f"norm {type(part).__name__}")
-    probe = torch.linspace(-1, 3, weight.shape[0], dtype=torch.float32, device=weight.device) ** 2
-    found = part(probe.to(weight.dtype)[None])[0].float()
-    for mean in (False, True):
-        for offset in (0.0, 1.0):
-            centred = probe - probe.mean() if mean else probe
-            scaled = centred * torch.rsqrt(centred.square().mean() + eps) * (offset + weight.float())
-            expected = scaled if bias is None else scaled + bias.float()
-            if (found - expected).norm() <= 0.02 * expected.norm():
-                return Norm(weight, eps, offset, mean, bias)
-    raise NotUnderstood(f"norm {type(part).__name__}")
-
-
-def _optional_norm(part: nn.Module, *names: str) -> Norm | None:
-    found = next((getattr(part, name) for name in names if getattr(part, name, None) is not None), None)
-    return None if found is None else _norm(found)
-
-
-def _linear(part: Any) -> Linear:
-    if type(part) is not nn.Linear:
-        raise NotUnderstood(f"a {type(part).__name__} where a linear was looked for")
-    return Linear(part.weight, part.bias)
-
-
-def _one_of(part: nn.Module, *names: str) -> Any:
-    for name in names:
-        if getattr(part, name, None) is not None:
-            return getattr(part, name)
-    raise NotUnderstood(f"{type(part).__name__} without {names[0]}")
+def _feed(layer: nn.Module, part: nn.Module) -> MLP | Experts:
+    """`part`, with the expert that stands beside it in the layer."""
+    if hasattr(part, "experts"):
+        return experts(part, getattr(layer, "shared_mlp", None))
+    return parts.mlp(part)
 
 
 class _Ropes:
@@ -280,6 +171,8 @@ class _Ropes:
         """Which table layer `index` turns its heads by."""
         if self._module is None or getattr(part, "use_rope", 1) in (0, False):
             return None
+        if hasattr(part, "sliding_window_pattern") and part.sliding_window and not part.is_sliding:
+            return None  # Exaone's layers that see everything
         kind = None
         if "layer_type" in inspect.signature(self._module.forward).parameters:
             kind = config.layer_types[index]
@@ -294,20 +187,33 @@ class _Ropes:
         positions = torch.arange(self._context, device=device)[None]
         like = torch.zeros(1, dtype=torch.float32, device=device)
         cos, sin = self._module(like, positions) if kind is None else self._module(like, positions, kind)
-        step = 2 if torch.equal(cos[0, :, 0:2].amin(-1), cos[0, :, 0:2].amax(-1)) else 1
-        half = cos.shape[-1] // 2
-        pick = slice(0, None, 2) if step == 2 else slice(0, half)
+        pick = _angles(cos[0])
         return Rope(cos[0, :, pick].contiguous(), sin[0, :, pick].contiguous(), self._interleaved)
+
+
+def _angles(table: Tensor) -> slice:
+    """Which columns of a table [context, W] hold each angle once: all, the first half, or every other one."""
+    half = table.shape[-1] // 2
+    if torch.equal(table[:, :half], table[:, half:]):
+        return slice(0, half)
+    if torch.equal(table[:, 0::2], table[:, 1::2]):
+        return slice(0, None, 2)
+    return slice(None)
 
 
 def _require_all_used(module: nn.Module, spec: DecoderSpec) -> None:
     used: set[int] = set()
 
     def note(tensor: Tensor) -> Tensor:
-        used.add(id(tensor))
+        used.add(_identity(tensor))
         return tensor
 
     replace_tensors(spec, note)
     for name, parameter in module.named_parameters():
-        if id(parameter) not in used:
+        if _identity(parameter) not in used:
             raise NotUnderstood(f"the parameter {name}")
+
+
+def _identity(tensor: Tensor) -> int:
+    """The same for a parameter and a view of all of it; a tensor without memory is only itself."""
+    return tensor.data_ptr() or id(tensor)

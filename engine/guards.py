@@ -23,12 +23,23 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, decoder, decoder_spec, describe, fusion, kv_cache, rope
+from tokenmill.engine import (
+    attention,
+    decoder,
+    decoder_spec,
+    describe,
+    describe_experts,
+    describe_parts,
+    fusion,
+    kv_cache,
+    rope,
+    shrink,
+)
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import first_line
 from tokenmill.engine.progress import quiet
-from tokenmill.engine.shrink import CONTEXT, randomize, shrink
+from tokenmill.kernels import reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -76,7 +87,7 @@ def check(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdi
 
 def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of the small twin's config."""
-    fields = shrink(config.to_dict(), layers=2, hidden=HIDDEN, vocab=VOCAB, grouped=False)
+    fields = shrink.shrink(config.to_dict(), layers=2, hidden=HIDDEN, vocab=VOCAB, grouped=False)
     return {k: v for k, v in fields.items() if k not in NAMES and not k.startswith("_")}
 
 
@@ -116,8 +127,8 @@ def _decoder_form(
         module = make()
         layers = attention.probe_layers(module)
         try:
-            described = describe.describe(module, layers, CONTEXT, form == "interleaved")
-        except describe.NotUnderstood:
+            described = describe.describe(module, layers, shrink.CONTEXT, form == "interleaved")
+        except describe_parts.NotUnderstood:
             return None
         found = run_paged(decoder.Decoder(described, ReferenceKernels()), layers, texts)
         if relative_error(found, wanted) <= TOLERANCE:
@@ -132,16 +143,14 @@ def _twin(model_class: type[PreTrainedModel], fields: dict[str, Any], implementa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = build(config, attn_implementation=implementation, dtype=torch.float32)
-    randomize(model, 0)
-    rope.pin_rope(model, CONTEXT)
+    shrink.randomize(model, 0)
+    rope.pin_rope(model, shrink.CONTEXT)
     nn.Module.train(model, False)
     return model
 
 
 def run_paged(forward: Forward, layers: list[attention.LayerSpec], texts: list[Tensor]) -> list[Tensor]:
     """Logits [tokens, V] of each text [tokens], computed by `forward` in `STEPS` through a paged cache."""
-    from tokenmill.kernels import reference
-
     width = -(-max(LENGTHS) // BLOCK)
     cache = kv_cache.allocate(layers, width * len(texts), BLOCK, torch.float32, torch.device("cpu"))
     # Interleaved, so that a row's blocks are no run of neighbours; block 0 belongs to nobody.
@@ -179,7 +188,10 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
-    modules = (attention, decoder, decoder_spec, describe, fusion, rope)
+    modules = (
+        attention, decoder, decoder_spec, describe, describe_experts, describe_parts, fusion, reference,
+        rope, shrink,
+    )  # fmt: skip
     code = [Path(str(module.__file__)).read_bytes() for module in modules]
     twin = json.dumps(fields, sort_keys=True, default=str)
     key = key_of(twin, version("transformers"), torch.__version__, Path(__file__).read_bytes(), *code)

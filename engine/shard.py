@@ -3,7 +3,7 @@
     q, k, v, gate, up     rows     a rank's heads, and as many hidden values       [out / N, in]
     out, down             columns  that read them: a partial sum of all outputs    [out, in / N]
     head                  rows     a rank's tokens, the last rank's filled up      [V / N, in]
-    embedding, norms, router       whole
+    embedding, norms, router       whole, with the router's biases
 
 So a layer's ranks meet twice, to add up what attention and the MLP bring. What is added once (the biases of out
 and down, the residual) belongs to rank 0. Parts are views as long as they stay on the device that the weights
@@ -84,7 +84,7 @@ def refuse_uneven(model: DecoderSpec, size: int) -> None:
         if isinstance(feed, MLP):
             _require(feed.down.weight.shape[1], size, "hidden values of the MLP")
             continue
-        _require(feed.down.shape[2], size, "hidden values of an expert")
+        _require(feed.inner, size, "hidden values of an expert")
         if feed.shared is not None:
             _require(feed.shared.down.weight.shape[1], size, "hidden values of the shared expert")
 
@@ -115,11 +115,16 @@ def _cut_feed(feed: MLP | Experts, share: Share) -> None:
     if isinstance(feed, MLP):
         _cut_mlp(feed, share)
         return
-    inner = feed.down.shape[2]
+    feed.arrange()
+    inner = feed.inner
     own = share.of(inner)
-    gate_up = full(feed.gate_up)
-    feed.gate_up = torch.cat([gate_up[:, :inner][:, own], gate_up[:, inner:][:, own]], dim=1)
-    feed.down = full(feed.down)[:, :, own]
+
+    def halves(whole: Tensor) -> Tensor:
+        return torch.cat([whole[:, :inner][:, own], whole[:, inner:][:, own]], dim=1)
+
+    feed.gate_up, feed.down = halves(full(feed.gate_up)), full(feed.down)[:, :, own]
+    feed.gate_up_bias = None if feed.gate_up_bias is None else halves(feed.gate_up_bias)
+    feed.down_bias = feed.down_bias if share.rank == 0 else None
     if feed.shared is not None:
         _cut_mlp(feed.shared, share)
 

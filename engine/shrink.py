@@ -38,7 +38,8 @@ def size_table(hidden: int) -> dict[str, int]:
         ),
         (2, "num_experts_per_tok top_k top_k_experts moe_topk moe_top_k moe_k num_experts_per_token"),
         (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
-        (1, "n_group topk_group num_expert_group n_shared_experts first_k_dense_replace"),
+        (2, "n_group num_expert_group"),
+        (1, "topk_group n_shared_experts first_k_dense_replace"),
         (1, "num_nextn_predict_layers moe_num_shared_experts"),
         (8 * HEADS, "index_n_heads"),  # many, so that no two keys score alike
         (HEADS, "linear_num_value_heads linear_num_heads"),
@@ -94,7 +95,10 @@ LAYERS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 KV_HEADS = ["num_key_value_heads", "num_kv_heads", "multi_query_group_num"]
 VOCAB = ("vocab_size", "vocab_size_per_layer_input")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
-AT_MOST = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "moe_num_shared_experts")
+AT_MOST = (
+    "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "moe_num_shared_experts",
+    "n_group", "num_expert_group",
+)  # fmt: skip
 NEEDED = (*KV_HEADS, "head_dim", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Sizes that a config may leave out (null) but a model can't do without."""
 
@@ -146,12 +150,14 @@ def pick_layers(fields: dict[str, Any], layers: int) -> list[int]:
     lists = [x for x in fields.values() if isinstance(x, list) and len(x) == depth]
     if not lists or depth < 2:
         return [0] * layers
+    if depth > layers:  # values that number the layers don't sort them
+        lists = [x for x in lists if len(set(map(repr, x))) < depth]
+    if not lists:
+        return list(range(layers))
     kinds: dict[str, int] = {}
     for i, kind in enumerate(zip(*lists, strict=True)):
         kinds.setdefault(repr(kind), i)
     distinct = list(kinds.values())
-    if len(distinct) == depth and depth > layers:  # values that number the layers rather than sort them
-        return list(range(layers))
     count = max(layers, len(distinct) * (2 if fields.get("num_kv_shared_layers") else 1))
     return [distinct[i % len(distinct)] for i in range(count)]
 
@@ -203,11 +209,13 @@ def _shrink_rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
 def randomize(model: nn.Module, seed: int) -> None:
     """Draw all weights anew: matrices that keep a signal's size, norms and biases jittered around their own.
 
-    The output embedding is larger, so that logits spread over several units. Each tensor's stream is named by
-    its own name: a further layer changes none of the others.
+    Among these are the biases by which routers choose, which some types keep as buffers. The output embedding is
+    larger, so that logits spread over several units. Each tensor's stream is named by its own name: a further layer
+    changes none of the others.
     """
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        biases = ((n, b) for n, b in model.named_buffers() if n.endswith(("correction_bias", "expert_bias")))
+        for name, weight in (*model.named_parameters(), *biases):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() < 2:

@@ -284,8 +284,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 
 def activation_mul(gate_up: Tensor, activation: str) -> Tensor:
-    """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu or gelu_tanh."""
+    """act(gate) * up for gate_up [T, 2 * I] (gate first); `activation`: silu, gelu, gelu_tanh or swiglu_oai.
+
+    swiglu_oai is gpt-oss's g * sigmoid(1.702 * g) * (u + 1), where g is at most 7 and u lies between -7 and 7.
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(1.702 * gate) * (up + 1.0)).to(gate_up.dtype)
     return (activate(gate, activation) * up).to(gate_up.dtype)
 
 

@@ -21,10 +21,22 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 DECODER_HALVES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2",
-    "olmo3", "starcoder2", "smollm3", "seed_oss", "phi",
+    "olmo3", "starcoder2", "smollm3", "seed_oss", "phi", "exaone4",
+    "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe",
+    "granitemoeshared", "dots1", "exaone_moe", "minimax_m2", "solar_open", "mellum", "hy_v3",
 )  # fmt: skip
-DECODER_INTERLEAVED = ("glm", "glm4", "cohere", "ernie4_5", "helium")
-OWN_CODE = ("gpt2", "opt", "deepseek_v3", "gemma4_text", "bert", "gemma3")
+DECODER_INTERLEAVED = ("glm", "glm4", "cohere", "ernie4_5", "helium", "ernie4_5_moe")
+OWN_CODE = (
+    "gpt2",
+    "opt",
+    "deepseek_v3",
+    "gemma4_text",
+    "bert",
+    "gemma3",
+    "phimoe",
+    "hunyuan_v1_moe",
+    "afmoe",
+)
 DECODER_FORMS = {
     **dict.fromkeys(DECODER_HALVES, "halves"),
     **dict.fromkeys(DECODER_INTERLEAVED, "interleaved"),
@@ -159,7 +171,17 @@ def test_a_model_that_fusion_breaks_runs_unfused(
     assert not verdict.fusible
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", "deepseek_v3", "smollm3"])
+def test_a_small_models_twin_has_a_layer_of_each_kind() -> None:
+    """Three layers, of which no two are alike: windows and mixtures come and go by themselves."""
+    config = types_of("exaone_moe")[1]
+    twin = guards.twin_fields(config)
+    for name in ("layer_types", "mlp_layer_types"):
+        assert twin[name] == getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3_text", "gpt_oss", "deepseek_v3", "smollm3", "exaone4", "exaone_moe"]
+)
 def test_the_twin_has_a_layer_of_each_kind(model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

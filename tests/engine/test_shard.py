@@ -27,7 +27,7 @@ from tokenmill.engine.shard import Share, refuse_uneven, shard
 CPU = torch.device("cpu")
 TYPES = [
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "starcoder2", "cohere", "glm4", "granite",
-    "qwen2_moe", "qwen3_moe",
+    "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "granitemoeshared",
 ]  # fmt: skip
 TEXTS = [torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in guards.LENGTHS]
 
