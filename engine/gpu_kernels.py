@@ -32,6 +32,7 @@ from tokenmill.engine.kernel_set import (
     Normalize,
     Product,
     ReferenceKernels,
+    Router,
     Settings,
 )
 from tokenmill.engine.load_error import LoadError
@@ -173,6 +174,24 @@ class GpuKernels(ReferenceKernels):
 
     def make_exact(self, weight: Weight, bias: Tensor | None) -> Product:
         return self._product(join([weight]).contiguous(), bias, None)
+
+    def make_router(self, weight: Weight, bias: Tensor | None) -> Router:
+        """Logits in float32 of a product that sums in one order for every number of rows."""
+        held = join([weight]).contiguous()
+
+        def router(x: Tensor) -> Tensor:
+            few = x.shape[0] <= SKINNY_ROWS
+            logits: Tensor = gpu.linear(
+                _rowwise(x.to(held.dtype)),
+                held,
+                bias=bias,
+                tile_rows=None if few else SKINNY_TILE,
+                out=torch.empty(x.shape[0], held.shape[0], dtype=torch.float32, device=x.device),
+                workspace=self.linear_space if few else None,
+            )
+            return logits
+
+        return router
 
     def _quantized(self, weight: Tensor) -> Any:
         """The weight [..., out, in] in the format that was asked for; raises LoadError where it can't be."""

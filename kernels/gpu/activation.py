@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, tl
 from tokenmill.kernels.gpu.overlap import launch_options, wait_for_inputs
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
 
 
 @jit
@@ -29,6 +29,17 @@ def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def gated(gate: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """act(gate) * up of float32 values; swiglu_oai is gpt-oss's, as `reference.activation_mul` says it."""
+    if ACTIVATION == "swiglu_oai":
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return gate / (1.0 + tl.exp(-1.702 * gate)) * (up + 1.0)
+    else:
+        return activate(gate, ACTIVATION) * up
+
+
+@jit
 def _activation_mul_kernel(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -45,7 +56,7 @@ def _activation_mul_kernel(
     at = gate_up_ptr + row * stride + columns
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    product = activate(gate, ACTIVATION) * up
+    product = gated(gate, up, ACTIVATION)
     tl.store(out_ptr + row * width + columns, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -56,7 +67,7 @@ def check_activation(activation: str) -> None:
 
 
 def activation_mul(gate_up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
-    """act(gate) * up for gate_up [T, 2 * I] (gate first) → [T, I]; `activation`: silu, gelu or gelu_tanh."""
+    """act(gate) * up for gate_up [T, 2 * I] (gate first) → [T, I]; `activation` is one of `ACTIVATIONS`."""
     check_cuda(gate_up)
     check_activation(activation)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2

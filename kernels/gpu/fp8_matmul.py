@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmill.kernels.gpu.activation import activate, check_activation
+from tokenmill.kernels.gpu.activation import check_activation, gated
 from tokenmill.kernels.gpu.fp8_rows import Fp8Rows
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, dot, jit, jit_with_runtime, next_power_of_2, tl
 from tokenmill.kernels.gpu.matmul_tile import tile_of_program
@@ -139,7 +139,7 @@ def _fp8_linear_kernel(
     if ACTIVATION != "":
         pairs = tl.permute(tl.reshape(sums, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
         gate, up = tl.split(pairs)
-        sums = activate(gate, ACTIVATION) * up
+        sums = gated(gate, up, ACTIVATION)
         columns, width = output_tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2), N // 2
     inside = (columns < width)[:, None] & real[None, :]
     line = rows.to(tl.int64)[None, :]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenmill.kernels.gpu.activation import activate, check_activation
+from tokenmill.kernels.gpu.activation import check_activation, gated
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, next_power_of_2, tl
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale
 from tokenmill.kernels.gpu.moe_routing import ExpertTiles, lay_out
@@ -75,7 +75,7 @@ def _expert_kernel(
             bias_ptr += expert * 2 * N
             sums += tl.load(bias_ptr + outputs, mask=valid, other=0.0).to(tl.float32)[None, :]
             more += tl.load(bias_ptr + N + outputs, mask=valid, other=0.0).to(tl.float32)[None, :]
-        sums = activate(sums, ACTIVATION) * more
+        sums = gated(sums, more, ACTIVATION)
     else:
         if BIAS:
             bias = tl.load(bias_ptr + expert * N + outputs, mask=valid, other=0.0).to(tl.float32)

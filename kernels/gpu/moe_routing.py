@@ -23,16 +23,52 @@ _PAIRS = tl.constexpr(1024)
 
 
 @jit
+def _in_best_groups(
+    worth: tl.tensor,
+    experts: tl.tensor,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+) -> tl.tensor:
+    """`worth` [BLOCK_X] of the experts in the TOP_GROUPS groups whose two best are most together; else -inf."""
+    groups = tl.arange(0, BLOCK_GROUPS)
+    totals = tl.full((BLOCK_GROUPS,), float("-inf"), tl.float32)
+    for group in tl.static_range(GROUPS):
+        inside = experts // SIZE == group
+        total = tl.max(tl.where(inside, worth, float("-inf")), axis=0)
+        if SIZE > 1:
+            first = tl.min(tl.where(inside & (worth == total), experts, GROUPS * SIZE), axis=0)
+            total += tl.max(tl.where(inside & (experts != first), worth, float("-inf")), axis=0)
+        totals = tl.where(groups == group, total, totals)
+    candidates = tl.where(groups < GROUPS, groups, -1)
+    last, last_group = tl.max(totals, axis=0) * 0 + float("inf"), tl.program_id(0) * 0 - 1
+    kept = experts < 0
+    for _ in tl.static_range(TOP_GROUPS):
+        last, last_group = next_best(totals, candidates, last, last_group)
+        kept |= experts // SIZE == last_group
+    return tl.where(kept, worth, float("-inf"))
+
+
+@jit
 def _route_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
+    bias_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     X: tl.tensor,
+    scale: tl.tensor,
     TOP: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -41,8 +77,18 @@ def _route_kernel(
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_X)
     x = tl.load(logits_ptr + token * stride + experts, mask=experts < X, other=float("-inf")).to(tl.float32)
-    highest = tl.max(x, axis=0)
-    normalizer = tl.sum(tl.exp(x - highest), axis=0)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        raised = tl.exp(x - tl.max(x, axis=0))
+        scores = raised / tl.sum(raised, axis=0)
+    worth = x
+    if BIAS or GROUPS > 1:
+        worth = tl.where(experts < X, scores, float("-inf"))
+    if BIAS:
+        worth += tl.load(bias_ptr + experts, mask=experts < X, other=0.0).to(tl.float32)
+    if GROUPS > 1:
+        worth = _in_best_groups(worth, experts, SIZE, GROUPS, BLOCK_GROUPS, TOP_GROUPS)
     candidates = tl.where(experts < X, experts, -1)
     active = token >= 0
     if SLOTS:
@@ -51,13 +97,27 @@ def _route_kernel(
     ranks = tl.arange(0, BLOCK_TOP)
     weights = tl.zeros((BLOCK_TOP,), tl.float32)
     for rank in tl.static_range(TOP):
-        last, last_id = next_best(x, candidates, last, last_id)
-        weights = tl.where(ranks == rank, tl.exp(last - highest) / normalizer, weights)
-        chosen = tl.where(active, tl.minimum(last_id, X - 1), -1)
-        tl.store(ids_ptr + token * TOP + rank, chosen)
+        last, last_id = next_best(worth, candidates, last, last_id)
+        expert = tl.minimum(last_id, X - 1)
+        score = tl.sum(tl.where(experts == expert, scores, 0.0), axis=0)
+        weights = tl.where(ranks == rank, score, weights)
+        tl.store(ids_ptr + token * TOP + rank, tl.where(active, expert, -1))
     if RENORMALIZE:
         weights /= tl.sum(weights, axis=0)
+    weights *= scale
     tl.store(weights_ptr + token * TOP + ranks, tl.where(active, weights, 0.0), mask=ranks < TOP)
+
+
+def _check_routing(routing: Routing, experts: int) -> None:
+    """Raise ValueError where `experts` can't be chosen from so."""
+    if not 1 <= routing.top <= experts:
+        raise ValueError(f"top must be from 1 to {experts}, not {routing.top}")
+    if experts % routing.groups or not 1 <= routing.top_groups <= routing.groups:
+        raise ValueError(
+            f"{experts} experts aren't chosen from {routing.top_groups} of {routing.groups} groups"
+        )
+    if routing.bias is not None and (routing.bias.shape != (experts,) or not routing.bias.is_contiguous()):
+        raise ValueError(f"the bias of {experts} experts is needed, not {list(routing.bias.shape)}")
 
 
 def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -68,16 +128,17 @@ def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tupl
     """
     check_cuda(logits)
     (tokens, experts), top = logits.shape, routing.top
-    if routing.scoring != "softmax" or routing.bias is not None or routing.groups > 1 or routing.scale != 1.0:
-        raise ValueError(f"this kernel can't choose by {routing}")
-    if not 1 <= top <= experts:
-        raise ValueError(f"top must be from 1 to {experts}, not {top}")
+    _check_routing(routing, experts)
+    bias, groups = routing.bias, routing.groups
     ids = torch.empty(tokens, top, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top, dtype=torch.float32, device=logits.device)
     if tokens:
         _route_kernel[(tokens,)](
-            logits, logits.stride(0), logits if slots is None else slots, ids, weights, experts,
+            logits, logits.stride(0), logits if bias is None else bias, logits if slots is None else slots,
+            ids, weights, experts, routing.scale,
             TOP=top, BLOCK_TOP=next_power_of_2(top), BLOCK_X=max(16, next_power_of_2(experts)),
+            SIGMOID=routing.scoring == "sigmoid", BIAS=bias is not None, SIZE=experts // groups,
+            GROUPS=groups, BLOCK_GROUPS=next_power_of_2(groups), TOP_GROUPS=routing.top_groups,
             RENORMALIZE=routing.renormalize, SLOTS=slots is not None, num_warps=1,
             **launch_options(),
         )  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmill.kernels.gpu.activation import activate, check_activation
+from tokenmill.kernels.gpu.activation import check_activation, gated
 from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, jit_with_runtime, next_power_of_2, tl
 from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, stages_that_fit, wide_config
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale, tile_of_program
@@ -112,7 +112,7 @@ def _finish(
             more = channel_scale(more, scale_ptr + N, outputs, N)
         if BIAS:
             more += tl.load(bias_ptr + N + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
-        sums = activate(sums, ACTIVATION) * more
+        sums = gated(sums, more, ACTIVATION)
     return sums
 
 

@@ -55,6 +55,9 @@ class ModelShapes:
     interleaved: bool = False
     experts: int = 0
     experts_per_token: int = 2
+    routing: Routing | None = None
+    """How experts are chosen, where it isn't the plain way."""
+    expert_biases: bool = False
     quantization: str | None = None
     batches: tuple[int, ...] = (1, 2, 16, 32, 128)
 
@@ -122,10 +125,22 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         ids, weights = make.ints(rows, shapes.experts_per_token), make.floats(rows, shapes.experts_per_token)
         first = make.weight(shapes, shapes.experts, 2 * inner, shapes.hidden)
         second = make.weight(shapes, shapes.experts, shapes.hidden, inner)
-        yield "route", lambda: gpu.route(router, Routing(shapes.experts_per_token), make.longs(rows))
+        routing = shapes.routing or Routing(shapes.experts_per_token)
+        if shapes.routing is not None:
+            routing = dataclasses.replace(routing, bias=make.floats(shapes.experts))
+        logits = make.weight(dataclasses.replace(shapes, quantization=None), shapes.experts, shapes.hidden)
+        yield "linear, router", lambda: gpu.linear(x, logits, tile_rows=32, out=router)
+        yield "route", lambda: gpu.route(router, routing, make.longs(rows))
+        biases: dict[str, Tensor] = {}
+        if shapes.expert_biases:
+            widths = {"gate_up_bias": 2 * inner, "down_bias": shapes.hidden}
+            biases = {name: make.of(shapes.experts, n, dtype=shapes.dtype) for name, n in widths.items()}
         for tile in (16, 64):
             arguments = x, ids, weights, first, second, shapes.activation
-            yield f"mixture, tiles of {tile}", partial(gpu.mixture, *arguments, residual=x, tile_rows=tile)
+            yield (
+                f"mixture, tiles of {tile}",
+                partial(gpu.mixture, *arguments, residual=x, tile_rows=tile, **biases),
+            )
     else:
         first = make.weight(shapes, 2 * inner, shapes.hidden)
         second = make.weight(shapes, shapes.hidden, inner)
@@ -216,6 +231,14 @@ _EXPERTS = ModelShapes(
     heads=16, kv_heads=16, size=192, value_size=128, rotary=32, interleaved=True, sinks=True,
     experts=64, experts_per_token=6, intermediate=1408, hidden=2048, batches=(2,),
 )  # fmt: skip
+_GPT_OSS = ModelShapes(
+    heads=64, kv_heads=8, size=64, value_size=64, rotary=32, sinks=True, windows=(0, 128), hidden=2880,
+    intermediate=2880, experts=32, experts_per_token=4, expert_biases=True, activation="swiglu_oai", batches=(2,),
+)  # fmt: skip
+_GLM_AIR = ModelShapes(
+    heads=96, experts=128, experts_per_token=8, intermediate=1408, batches=(2,),
+    routing=Routing(8, scoring="sigmoid", groups=4, top_groups=2, scale=2.5),
+)  # fmt: skip
 _OFFLINE = (
     ModelShapes(batches=(1, 32, 128)),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 32, 64, 256, 4096)),
@@ -228,11 +251,15 @@ _OFFLINE = (
         size=256, value_size=256, rotary=128, windows=(0, 4096), softcap=50.0, qk_norm=True, batches=(4,)
     ),
     _EXPERTS,
+    _GPT_OSS,
+    _GLM_AIR,
 )
 _QUICK = (
     ModelShapes(batches=(1, 32)),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 4096)),
     _EXPERTS,
+    _GPT_OSS,
+    _GLM_AIR,
 )
 """Between them they call every kernel."""
 

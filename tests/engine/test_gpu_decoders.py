@@ -21,6 +21,7 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
 
 CPU = torch.device("cpu")
+MIXTURES = ("gpt_oss", "glm4_moe", "ernie4_5_moe", "granitemoeshared")
 
 pytestmark = [
     pytest.mark.usefixtures("triton"),
@@ -53,9 +54,9 @@ def test_preemption_changes_nothing(plain: LLM) -> None:
     assert llm.engine.scheduler.preemptions > 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "qwen3_moe", "smollm3"])
+@pytest.mark.parametrize("model_type", ["gemma2", "qwen3_moe", "smollm3", *MIXTURES])
 def test_other_decoders(model_type: str) -> None:
-    """Softcap and windows, experts, layers without RoPE."""
+    """Softcap and windows, experts chosen and gated in several ways, layers without RoPE."""
     ours = make(True, model_type, max_batch=2)
     assert "fused decoder" in ours.engine.runner.forward.name
     assert texts(ours, [GREEDY, SEEDED]) == texts(on_cpu(model_type), [GREEDY, SEEDED])
@@ -137,6 +138,23 @@ def test_products_of_few_rows_norm_what_they_read(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(logits(torch.float32), ours[0])
     assert torch.equal(logits(torch.bfloat16), ours[1])
     assert alone.count(1) == 2 * norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_logits_are_exact_and_the_same_in_any_crowd(dtype: torch.dtype) -> None:
+    """In float32 from rows of either type, also where a checkpoint keeps its router in float32."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(70, 96, generator=generator).bfloat16().to(dtype)
+    bias = torch.randn(6, generator=generator)
+    for held in (dtype, torch.float32):
+        weight = torch.randn(6, 96, generator=generator).to(held)
+        router = GpuKernels(CPU, dtype).make_router(weight, bias)
+        logits = router(x)
+        assert logits.dtype is torch.float32
+        exact = x.double() @ weight.double().T + bias
+        assert float((logits - exact).abs().max()) < 1e-5
+        assert torch.equal(router(x[7:8]), logits[7:8])
+        assert torch.equal(router(x[:20]), logits[:20])
 
 
 def test_8_bit_activations_are_refused_for_a_mixture_of_experts() -> None:

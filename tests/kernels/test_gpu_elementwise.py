@@ -59,7 +59,7 @@ def test_add_rms_norm_in_place_and_strided() -> None:
     assert relative_error(residual, expected_total) < 1e-6
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 8), (1, 2), (3, 2 * 1025), (2, 2 * 1024)])
 def test_activation_mul(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:

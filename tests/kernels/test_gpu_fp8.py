@@ -118,7 +118,7 @@ def test_fp8_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype) ->
     assert torch.equal(gpu.fp8_linear(x, weight, bias=bias), gpu.fp8_linear(x, weight, bias=bias.float()))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("tile", TILES)
 def test_gated(tile: Fp8Tile, activation: str) -> None:
     x, gate_up, bias = random(19, 192), random(2 * 40, 192, seed=1) * 0.1, random(80, seed=2)

@@ -77,7 +77,7 @@ def test_many_rows(dtype: torch.dtype, activation: str | None) -> None:
         gpu.linear(x, weight, tile_rows=48)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_gated_linear(activation: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, splits)
@@ -221,6 +221,40 @@ def test_route(tokens: int, experts: int, top: int, renormalize: bool) -> None:
         assert relative_error(weights, expected_weights) < 1e-6
 
 
+ROUTINGS = {
+    "sigmoid": Routing(4, scoring="sigmoid"),
+    "scaled": Routing(4, renormalize=False, scale=2.5),
+    "corrected softmax": Routing(4, bias=torch.linspace(-0.2, 0.2, 60)),
+    "groups": Routing(4, groups=5, top_groups=2),
+    "everything": Routing(
+        6, False, "sigmoid", torch.linspace(0.5, -0.5, 60), groups=12, top_groups=3, scale=1.5
+    ),
+    "groups of one": Routing(3, bias=torch.linspace(0.5, -0.5, 60), groups=60, top_groups=4),
+}
+
+
+@pytest.mark.parametrize("way", ROUTINGS)
+def test_ways_of_routing(way: str) -> None:
+    routing = ROUTINGS[way]
+    logits, slots = (random(9, 60) * 2).round() / 2, torch.arange(9) - 1
+    ids, weights = gpu.route(logits, routing, slots)
+    expected_ids, expected_weights = reference.route(logits, routing, slots)
+    assert torch.equal(ids, expected_ids)
+    assert relative_error(weights, expected_weights) < 1e-6
+
+
+def test_impossible_routings_are_refused() -> None:
+    logits = random(2, 60)
+    for routing, message in (
+        (Routing(61), "top must be from 1 to 60"),
+        (Routing(2, groups=7), "from 1 of 7 groups"),
+        (Routing(2, groups=4, top_groups=5), "from 5 of 4 groups"),
+        (Routing(2, bias=torch.zeros(59)), "bias of 60 experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gpu.route(logits, routing)
+
+
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("tokens", [1, 7, 40, 700])
 def test_pairs_are_laid_out_by_expert(tokens: int, rows: int) -> None:
@@ -236,15 +270,18 @@ def test_pairs_are_laid_out_by_expert(tokens: int, rows: int) -> None:
     assert sorted(tiles.experts[:count].tolist()) == tiles.experts[:count].tolist()
 
 
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 @pytest.mark.parametrize("tile_rows", [16, 64])
 @pytest.mark.parametrize("quantize", [None, quantize_fp8, quantize_int8, partial(quantize_int4, group=32)])
-def test_mixture(tile_rows: int, quantize: Callable[[Tensor], QuantizedWeight] | None) -> None:
+def test_mixture(
+    tile_rows: int, quantize: Callable[[Tensor], QuantizedWeight] | None, activation: str
+) -> None:
     tokens, experts, inner, width = 9, 5, 128, 64
     gate_up: Any = random(experts, 2 * inner, width, seed=1) * 0.2
     down: Any = random(experts, 72, inner, seed=2) * 0.2
     if quantize is not None:
         gate_up, down = quantize(gate_up), quantize(down)
-    x, slots = random(tokens, width), torch.arange(tokens) - 2
+    x, slots = random(tokens, width) * 3, torch.arange(tokens) - 2
     ids, weights = reference.route(random(tokens, experts, seed=3), Routing(2), slots)
     keywords: dict[str, Any] = {
         "gate_up_bias": random(experts, 2 * inner, seed=4),
@@ -252,8 +289,8 @@ def test_mixture(tile_rows: int, quantize: Callable[[Tensor], QuantizedWeight] |
         "residual": random(tokens, 72, seed=6),
     }
     for settings in ({}, keywords):
-        out = gpu.mixture(x, ids, weights, gate_up, down, "silu", **settings, tile_rows=tile_rows)
-        expected = reference_gpu.mixture(x, ids, weights, gate_up, down, "silu", **settings)
+        out = gpu.mixture(x, ids, weights, gate_up, down, activation, **settings, tile_rows=tile_rows)
+        expected = reference_gpu.mixture(x, ids, weights, gate_up, down, activation, **settings)
         assert relative_error(out, expected) < 3e-6
 
 

@@ -38,7 +38,7 @@ def elementwise(trial: Trial) -> Iterator[CheckResult]:
             expected = reference.add_rms_norm(x, residual, weight, 1e-5)
             error = max(relative_error(out, expected[0]), relative_error(total, expected[1]))
             yield CheckResult(label("add_rms_norm", dtype, f"[{rows}, {width}]"), error, allowed)
-        for activation in ("silu", "gelu", "gelu_tanh"):
+        for activation in ("silu", "gelu", "gelu_tanh", "swiglu_oai"):
             gate_up = trial.randn(trial.rows, 2 * trial.width + 2, dtype=dtype) * 3
             out = poisoned(trial.rows, trial.width + 1, dtype=dtype, device=trial.device)
             gpu.activation_mul(gate_up, activation, out=out)
@@ -101,15 +101,34 @@ def experts(trial: Trial) -> Iterator[CheckResult]:
         wanted = reference.route(router, Routing(2), slots)
         yield CheckResult(label("route, ids", dtype), differing(ids, wanted[0]), 0.0)
         yield CheckResult(label("route, weights", dtype), relative_error(weights, wanted[1]), 1e-5)
+        yield from _grouped_routing(trial, router, slots, dtype)
         plain = trial.randn(experts, 2 * inner, width), trial.randn(experts, 72, inner)
+        biases = {
+            "gate_up_bias": trial.randn(experts, 2 * inner, dtype=dtype),
+            "down_bias": trial.randn(experts, 72, dtype=dtype),
+        }
+        ways: dict[str, dict[str, Tensor]] = {"silu": {}, "swiglu_oai": biases}
         for name, (gate_up, down) in {
             "plain": (plain[0].to(dtype), plain[1].to(dtype)),
             "fp8": (gpu.quantize_fp8(plain[0]), gpu.quantize_fp8(plain[1])),
         }.items():
             for tile in (16, 64):
-                out = poisoned(tokens, 72, dtype=dtype, device=trial.device)
-                gpu.mixture(x, *wanted, gate_up, down, "silu", tile_rows=tile, out=out)
-                expected = reference_gpu.mixture(x, *wanted, gate_up, down, "silu")
-                error = relative_error(out, expected)
-                what = label(f"mixture, {name}, tiles of {tile}", dtype)
-                yield CheckResult(what, error, TOLERANCE[dtype])
+                for activation, biases in ways.items():
+                    out = poisoned(tokens, 72, dtype=dtype, device=trial.device)
+                    gpu.mixture(x, *wanted, gate_up, down, activation, tile_rows=tile, out=out, **biases)
+                    expected = reference_gpu.mixture(x, *wanted, gate_up, down, activation, **biases)
+                    error = relative_error(out, expected)
+                    what = label(f"mixture, {name}, {activation}, tiles of {tile}", dtype)
+                    yield CheckResult(what, error, TOLERANCE[dtype])
+
+
+def _grouped_routing(
+    trial: Trial, router: Tensor, slots: Tensor, dtype: torch.dtype
+) -> Iterator[CheckResult]:
+    """GLM's choice: sigmoids, a correction, the best groups, a scale."""
+    correction = torch.linspace(-0.3, 0.3, router.shape[1], device=trial.device)
+    routing = Routing(2, scoring="sigmoid", bias=correction, groups=4, top_groups=2, scale=2.5)
+    ids, weights = gpu.route(router, routing, slots)
+    wanted = reference.route(router, routing, slots)
+    yield CheckResult(label("route by groups, ids", dtype), differing(ids, wanted[0]), 0.0)
+    yield CheckResult(label("route by groups, weights", dtype), relative_error(weights, wanted[1]), 1e-5)
