@@ -8,7 +8,19 @@ from checkpoints import tiny
 
 from tokenmill.engine import LLM, SamplingParams, cpu_tape
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = (
+    *(
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "glm4_moe",
+        "ernie4_5_moe",
+        "granitemoeshared",
+        "minimax_m2",
+    ),
+    *("dots1", "exaone_moe", "gpt_oss", "hy_v3"),
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
