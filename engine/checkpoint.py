@@ -39,6 +39,8 @@ HUB_FILES = [
     "merges.txt",
 ]
 HUB_OTHERS = ["*/*.safetensors", "consolidated*", "*.bin", "*.onnx*"]
+MXFP4 = "mxfp4"
+"""gpt-oss's packing of its experts: the one that is read, unpacked on the way."""
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -161,11 +163,12 @@ def _check_folder(source: str, folder: Path, hub_id: str) -> Checkpoint:
     largest = max(tensors.values(), key=lambda x: math.prod(x.shape), default=None)
     if largest is None:
         raise LoadError("its safetensors files hold no tensor")
-    return Checkpoint(source, folder, config, largest.dtype, hub_id=hub_id)
+    stored = "MXFP4" if _packing(config) == MXFP4 else largest.dtype
+    return Checkpoint(source, folder, config, stored, hub_id=hub_id)
 
 
 def _refuse_foreign(folder: Path, config: dict[str, Any]) -> None:
-    """Adapters and packed weights aren't loaded, and code isn't run.
+    """Adapters and weights in most packings aren't loaded, and code isn't run.
 
     Many repositories bring code (`auto_map`) from before transformers knew their type. Its own class is then
     the better one, and nothing here ever lets transformers run theirs, so they are served without it. A type
@@ -180,10 +183,15 @@ def _refuse_foreign(folder: Path, config: dict[str, Any]) -> None:
         )
     if (folder / "adapter_config.json").exists():
         raise LoadError("adapter_config.json says that it is an adapter: merge it into its base model first")
-    packed = config.get("quantization_config")
-    if packed:
-        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+    method = _packing(config)
+    if method not in (None, MXFP4):
         raise LoadError(f"its weights are packed ({method}), which isn't read yet: take the unpacked one")
+
+
+def _packing(config: dict[str, Any]) -> object:
+    """How a checkpoint's weights are packed; None: not at all."""
+    packed = config.get("quantization_config")
+    return (packed.get("quant_method") if isinstance(packed, dict) else packed) or None
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:

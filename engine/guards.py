@@ -56,7 +56,10 @@ STEPS = (  # tokens that each of the three texts advances by in a step: chunks, 
     (1, 1, 1),
     (5, 2, 1),
 )
-NAMES = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+NAMES = {
+    "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
+    "quantization_config",
+}  # fmt: skip
 """Config fields that say nothing of what a model computes."""
 
 

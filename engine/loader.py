@@ -28,7 +28,7 @@ from tokenmill.engine.kernel_choice import has_cpu_kernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.model_class import causal_lm_class, read_config
-from tokenmill.engine.model_size import ModelSize, size_of
+from tokenmill.engine.model_size import ModelSize, in_words, size_of
 from tokenmill.engine.progress import Progress
 from tokenmill.engine.rope import context_limit, pin_rope, stretched_limit
 from tokenmill.engine.tokenizer_export import ending_ids, export_tokenizer, load_tokenizer_info
@@ -339,8 +339,7 @@ def _describe(
     note: str,
     quantization: Quantization | None,
 ) -> str:
-    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
     special = {None: "", "fp8_dynamic": ", fp8 weights and activations"}
     held = special.get(quantization, f", {quantization} weights")
-    return f"{model_type}, {size} parameters, {name} on {place}{held}"
+    return f"{model_type}, {in_words(parameters)} parameters, {name} on {place}{held}"

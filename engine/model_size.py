@@ -27,6 +27,12 @@ BYTES = {"int8": 1.0, "fp8": 1.0, "fp8_dynamic": 1.0, "int4": 0.625}
 """Bytes of a rounded weight's element; 4 bits with the scale and minimum of 32."""
 
 
+def in_words(parameters: int) -> str:
+    """A number of parameters for people: 1.2B, 135M, 0.0231M."""
+    millions = f"{parameters / 1e6:.3g}"
+    return f"{parameters / 1e9:.1f}B" if float(millions) >= 1000 else f"{millions}M"
+
+
 def size_of(
     module: Any,
     text_config: object,
@@ -41,6 +47,8 @@ def size_of(
         if weight is aside or weight.dim() < 2:
             continue
         size, width = weight.numel(), BYTES.get(str(quantization), weight.element_size())
+        if name.endswith("_bias"):  # of all experts, a matrix that stays as it is
+            width = weight.element_size()
         if head is not None and weight is head.weight and quantization in BYTES:
             width = 1.0 if weight.device.type == "cpu" else weight.element_size()
         taken = sum(x.numel() for x in held[name].tensors) if name in held else size * width

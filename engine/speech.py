@@ -16,6 +16,7 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import pick_device
 from tokenmill.engine.messages import SpeechReady
 from tokenmill.engine.model_class import read_config
+from tokenmill.engine.model_size import in_words
 from tokenmill.engine.progress import Progress
 from tokenmill.engine.resample import Samples
 from tokenmill.engine.speech_vits import load_vits
@@ -69,7 +70,7 @@ def load_speech(config: SpeechConfig, progress: Progress) -> LoadedSpeech:
         names = _names(speaker.voices, config.voices)
     except LoadError as error:
         raise LoadError(f"{config.source}: {error}") from None
-    size = f"{speaker.parameters / 1e6:.3g}M parameters"
+    size = f"{in_words(speaker.parameters)} parameters"
     ready = SpeechReady(
         voices=list(names),
         formats=known_formats(),

@@ -40,7 +40,7 @@ def read_weights(
     `paged`: with our attention, else with the type's own. Without a folder the weights are `tensors`.
     """
     attention.register()
-    options = {
+    options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
         "device_map": None if device.type == "cpu" else {"": device},
@@ -51,6 +51,10 @@ def read_weights(
         "output_loading_info": True,
         **({} if tensors is None else {"state_dict": tensors}),
     }
+    if getattr(config, "quantization_config", None) is not None:
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         loaded = _from_pretrained(model_class, folder, options, progress)
     except torch.OutOfMemoryError:
