@@ -23,6 +23,8 @@ TYPES = (
     "qwen2",
     "qwen3_moe",
     "mixtral",
+    "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "phi3",
     "starcoder2",
