@@ -21,7 +21,6 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
 
 CPU = torch.device("cpu")
-MIXTURES = ("gpt_oss", "glm4_moe", "ernie4_5_moe", "granitemoeshared")
 
 pytestmark = [
     pytest.mark.usefixtures("triton"),
@@ -54,7 +53,13 @@ def test_preemption_changes_nothing(plain: LLM) -> None:
     assert llm.engine.scheduler.preemptions > 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "qwen3_moe", "smollm3", *MIXTURES])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("gemma2", "qwen3_moe", "gpt_oss", "glm4_moe"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("smollm3", "ernie4_5_moe", "granitemoeshared")),
+    ],
+)
 def test_other_decoders(model_type: str) -> None:
     """Softcap and windows, experts chosen and gated in several ways, layers without RoPE."""
     ours = make(True, model_type, max_batch=2)

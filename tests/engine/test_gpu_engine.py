@@ -69,7 +69,11 @@ def test_greedy_equals_eager_recomputation(llm: LLM, overlap: bool, monkeypatch:
         assert set(seen) == {"4", "plain"}
 
 
-@either
+@pytest.mark.parametrize(
+    "llm",
+    [pytest.param(False, id="uncaptured", marks=pytest.mark.slow), pytest.param(True, id="captured")],
+    indirect=True,
+)
 def test_every_sampling_setting_draws_what_the_cpu_draws(
     llm: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

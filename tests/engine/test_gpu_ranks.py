@@ -15,7 +15,7 @@ from tokenmill.engine.gpu_kernels import GpuKernels
 PROMPTS = [[5, 6, 7, 8, 9], [3]]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "qwen3_moe"])
 def test_two_ranks_write_what_plain_torch_writes(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
     found = []
