@@ -48,11 +48,23 @@ class LayerSpec:
         return self.kv_heads * (self.key_size + self.value_size)
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What one layer that carries a state keeps a sequence: `conv` [K - 1, C], and `state` [H, D, E] in float32."""
+
+    conv: tuple[int, int]
+    state: tuple[int, int, int] | None
+
+
+Kept = LayerSpec | StateSpec
+
+
 @dataclass(slots=True)
 class AttentionMetadata:
     """Where the tokens of one step stand: T tokens of R sequences.
 
-    `caches[i]` is layer i's (k_cache [B, G, S, D], v_cache [B, G, S, E]).
+    `caches[i]` is layer i's (k_cache [B, G, S, D], v_cache [B, G, S, E]), or its states
+    (conv [L, K - 1, C], state [L, H, D, E]), of which `lines` names each sequence's.
     """
 
     kernels: AttentionKernels
@@ -63,6 +75,13 @@ class AttentionMetadata:
     query_start: Tensor  # [R + 1] int32
     plans: AttentionPlans | None = None
     """What the kernels share between layers, where they share anything."""
+    lines: Tensor | None = None  # [R] int64
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Whose states this step continues (`kernels/recurrent.py`)."""
+        assert self.lines is not None, "the step of a model that carries states says whose they are"
+        return self.lines, self.seq_lens, self.query_start
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Store key and value [T, G, ·], then attend with query [T, H, D]: [T, H, E]."""

@@ -1,6 +1,7 @@
 """The fused decoder: a model that `describe.py` understands, run by a handful of kernels a layer.
 
     norm ▶ qkv product ▶ RoPE + KV store ▶ paged attention ▶ out product (+ residual)
+           or: product ▶ convolution ▶ recurrence ▶ gated norm ▶ out product
     norm ▶ gate and up product (activation·mul) ▶ down product (+ residual)      or a mixture of such experts
 
 Every device runs this file; what differs is the kernels. The weights are handed to the kernels' own packing one
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from tokenmill.engine import decoder_spec as spec
 from tokenmill.engine.attention import AttentionMetadata
-from tokenmill.engine.kernel_set import Mixture, Normalize, Product, ReferenceKernels, Router
+from tokenmill.engine.kernel_set import (
+    Convolve,
+    GatedNormalize,
+    Mixture,
+    Normalize,
+    Product,
+    Recur,
+    ReferenceKernels,
+    Router,
+)
 from tokenmill.kernels.reference import Routing
 
 NOTHING = torch.empty(0)
@@ -46,9 +56,29 @@ class _Block:
     attention_out: Normalize | None
     mlp_in: Normalize
     mlp_out: Normalize | None
-    qkv: Product
+    mixer: _Attend | _Carry
     out: Sum
     feed: _Dense | _Sparse
+
+
+@dataclass(slots=True)
+class _Attend:
+    """Attention, and what it is gated by."""
+
+    attention: spec.Attention
+    qkv: Product
+    gate: Product | None
+
+
+@dataclass(slots=True)
+class _Carry:
+    """A mixer that carries a state: a convolution, and where there are `gates` a recurrence after it."""
+
+    inputs: Product
+    convolve: Convolve
+    gates: Router | None
+    recur: Recur | None
+    normalize: GatedNormalize | None
 
 
 @dataclass(slots=True)
@@ -92,32 +122,58 @@ class Decoder:
         self._blocks = [self._block(layer) for layer in model.layers]
 
     def _block(self, layer: spec.Layer) -> _Block:
-        attention = layer.attention
-        make = self._kernels.make_linear
-        qkv = make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None)
+        make, source = self._kernels.make_linear, layer.mixer
+        mixer: _Attend | _Carry
+        if isinstance(source, spec.Attention):
+            mixer = self._attending(source)
+            readers = [mixer.qkv, *([] if mixer.gate is None else [mixer.gate])]
+        else:
+            mixer = self._carrying(source)
+            readers = [mixer.inputs] if mixer.gates is None else []
         feed: _Dense | _Sparse
         if isinstance(layer.mlp, spec.MLP):
             feed = self._dense(layer.mlp)
             feed.down = self._summed(feed.down)
         else:
             feed = self._sparse(layer.mlp)
-        # A mixture and its router read rows as they are.
+        # A mixture, its router and a recurrence's gates read rows as they are.
         up = [feed.up] if isinstance(feed, _Dense) else []
-        readers = [qkv]
         if layer.parallel:
-            readers = [qkv, *up] if up else []
+            readers = [*readers, *up] if up and readers else []
         block = _Block(
             layer,
             attention_in=self._normalize(layer.attention_in, readers),
             attention_out=self._normalize(layer.attention_out) if layer.attention_out else None,
             mlp_in=self._normalize(layer.mlp_in, up),
             mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
-            qkv=qkv,
-            out=self._summed(make([attention.out.weight], [attention.out.bias], None)),
+            mixer=mixer,
+            out=self._summed(make([source.out.weight], [source.out.bias], None)),
             feed=feed,
         )
-        _drop(*attention.qkv, attention.out)
+        _drop(source.out)
         return block
+
+    def _attending(self, attention: spec.Attention) -> _Attend:
+        make, gate = self._kernels.make_linear, attention.gate
+        attend = _Attend(
+            attention,
+            make([x.weight for x in attention.qkv], [x.bias for x in attention.qkv], None),
+            None if gate is None else make([gate.weight], [gate.bias], None),
+        )
+        _drop(*attention.qkv, *([] if gate is None else [gate]))
+        return attend
+
+    def _carrying(self, mixer: spec.Recurrent) -> _Carry:
+        kernels, gates = self._kernels, mixer.gates
+        carry = _Carry(
+            kernels.make_linear([x.weight for x in mixer.inputs], [x.bias for x in mixer.inputs], None),
+            kernels.make_conv(mixer.conv),
+            None if gates is None else kernels.make_router(gates.weight, gates.bias),
+            None if mixer.rule is None else kernels.make_recurrence(mixer.rule),
+            None if mixer.norm is None else kernels.make_gated_norm(mixer.norm),
+        )
+        _drop(*mixer.inputs, *([] if gates is None else [gates]))
+        return carry
 
     def _summed(self, product: Sum) -> Sum:
         return product if self._spread is None else self._spread.summed(product)
@@ -194,7 +250,10 @@ class Decoder:
         metadata: AttentionMetadata,
     ) -> Tensor:
         normed = block.attention_in(x)
-        mixed = self._attend(block, normed, index, angles, metadata)
+        if isinstance(block.mixer, _Attend):
+            mixed = self._attend(block.mixer, normed, index, angles, metadata)
+        else:
+            mixed = self._carry(block.mixer, normed, metadata.caches[index], metadata)
         if block.layer.parallel:
             x = block.out(mixed, x)
             return self._feed(block, normed, x, metadata.slots)
@@ -203,16 +262,16 @@ class Decoder:
 
     def _attend(
         self,
-        block: _Block,
+        attend: _Attend,
         normed: Tensor,
         index: int,
         angles: list[tuple[Tensor, Tensor]],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        attention = block.layer.attention
+        attention = attend.attention
         k_cache, v_cache = metadata.caches[index]
         cos, sin = (None, None) if attention.rope is None else angles[attention.rope]
-        qkv, q_norm, k_norm = block.qkv(normed, None), attention.q_norm, attention.k_norm
+        qkv, q_norm, k_norm = attend.qkv(normed, None), attention.q_norm, attention.k_norm
         if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attention.head_size:
             norms = (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.offset)
             qkv, q_norm, k_norm = self._kernels.norm_whole(qkv, *norms), None, None
@@ -238,7 +297,18 @@ class Decoder:
             softcap=attention.softcap,
             sinks=attention.sinks,
         )
-        return out.flatten(1)
+        mixed = out.flatten(1)
+        return mixed if attend.gate is None else self._kernels.gate_mul(mixed, attend.gate(normed, None))
+
+    @staticmethod
+    def _carry(
+        carry: _Carry, normed: Tensor, states: tuple[Tensor, Tensor], metadata: AttentionMetadata
+    ) -> Tensor:
+        x = carry.inputs(normed, None)
+        mixed = carry.convolve(x, states[0], metadata.rows)
+        if carry.recur is None or carry.gates is None or carry.normalize is None:
+            return mixed
+        return carry.normalize(carry.recur(mixed, carry.gates(normed), states[1], metadata.rows), x)
 
     def _feed(self, block: _Block, normed: Tensor, x: Tensor, slots: Tensor) -> Tensor:
         feed = block.feed

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenmill.engine import block_weight
 from tokenmill.engine.block_weight import Blocks, Weight
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
 
@@ -41,7 +42,10 @@ class Linear:
 
 @dataclass(slots=True)
 class Attention:
-    """`qkv` holds the parts of one product in the order q, k, v. `rope` indexes `DecoderSpec.ropes`; None: no RoPE."""
+    """`qkv` holds the parts of one product in the order q, k, v. `rope` indexes `DecoderSpec.ropes`; None: no RoPE.
+
+    What is attended to is multiplied by the sigmoid of `gate`'s outputs [heads * head_size], where that is given.
+    """
 
     qkv: list[Linear]
     out: Linear
@@ -55,6 +59,23 @@ class Attention:
     q_norm: Norm | None
     k_norm: Norm | None
     rope: int | None
+    gate: Linear | None = None
+
+
+@dataclass(slots=True)
+class Recurrent:
+    """A mixer of tokens that carries a state, instead of attention.
+
+    `inputs` are the parts of one product: what is convolved, then z. A recurrence by `rule` under the outputs of
+    `gates`, and a norm gated by z, follow the convolution; a gated convolution (LFM2) is all that there is.
+    """
+
+    inputs: list[Linear]
+    conv: Conv
+    out: Linear
+    gates: Linear | None = None
+    rule: Rule | None = None
+    norm: GatedNorm | None = None
 
 
 @dataclass(slots=True)
@@ -116,7 +137,7 @@ class Experts:
 class Layer:
     """Norms stand before (`_in`) or after (`_out`) their block, or are missing. `parallel`: both read one norm."""
 
-    attention: Attention
+    mixer: Attention | Recurrent
     mlp: MLP | Experts
     attention_in: Norm | None
     attention_out: Norm | None

@@ -8,13 +8,14 @@ model's own code before it is trusted.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenmill.engine import describe_parts as parts
-from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.attention import Kept, LayerSpec, StateSpec
 from tokenmill.engine.decoder_spec import (
     MLP,
     Attention,
@@ -22,11 +23,13 @@ from tokenmill.engine.decoder_spec import (
     Experts,
     Layer,
     Linear,
+    Recurrent,
     Rope,
     replace_tensors,
 )
 from tokenmill.engine.describe_experts import experts
 from tokenmill.engine.describe_parts import NotUnderstood
+from tokenmill.engine.describe_recurrent import recurrent
 
 SANDWICH = (
     "input_layernorm",
@@ -49,6 +52,21 @@ NORM_PLACES: dict[frozenset[str], tuple[str | None, str | None, str | None, str 
         "post_mlp_layernorm",
         False,
     ),
+    frozenset({"operator_norm", "ffn_norm"}): ("operator_norm", None, "ffn_norm", None, False),
+    frozenset({"input_layernorm", "pre_ff_layernorm"}): (
+        "input_layernorm",
+        None,
+        "pre_ff_layernorm",
+        None,
+        False,
+    ),
+    frozenset({"attention_layernorm", "feedforward_layernorm"}): (
+        "attention_layernorm",
+        None,
+        "feedforward_layernorm",
+        None,
+        False,
+    ),
 }
 
 
@@ -58,33 +76,36 @@ def describe(
     """Read off `module`, a causal LM whose attention layers were probed; raises NotUnderstood.
 
     `context`: how many positions the rotary tables cover. `interleaved`: how its RoPE pairs dimensions, which
-    its modules don't tell.
+    its modules don't tell. Of a module that sees or hears, too, only what completes text is read.
     """
-    config: Any = module.config
-    inner = getattr(module, "model", None)
     own: Any = module
+    config: Any = own.config.get_text_config(decoder=True)
+    inner = getattr(module, "model", None)
+    inner = getattr(inner, "language_model", inner)
     head = own.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if inner is None or not isinstance(head, nn.Linear) or not hasattr(inner, "layers"):
         raise NotUnderstood("no model.layers with an output embedding")
     embedding = own.get_input_embeddings()
-    if len(layers) != len(inner.layers):
-        raise NotUnderstood(f"{len(layers)} attention layers in {len(inner.layers)} decoder layers")
     ropes = _Ropes(inner, context, interleaved)
+    attended = iter(layers)
+    taken: list[Tensor] = []
     spec = DecoderSpec(
         embedding=embedding.weight,
         embed_scale=_embed_scale(embedding, config),
         layers=[
-            _layer(layer, cached, config, ropes, index)
-            for index, (layer, cached) in enumerate(zip(inner.layers, layers, strict=True))
+            _layer(layer, recurrent(layer, taken) or _attention(layer, attended, config, ropes, index, taken))
+            for index, layer in enumerate(inner.layers)
         ],
-        norm=parts.norm(parts.one_of(inner, "norm", "final_layernorm")),
+        norm=parts.norm(parts.one_of(inner, "norm", "final_layernorm", "embedding_norm")),
         head=Linear(head.weight, head.bias),
         residual_scale=float(getattr(config, "residual_multiplier", None) or 1.0),
         logit_scale=_logit_scale(config),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         ropes=ropes.tables,
     )
-    _require_all_used(module, spec)
+    if next(attended, None) is not None:
+        raise NotUnderstood(f"more than {len(inner.layers)} attention layers in as many decoder layers")
+    _require_all_used(inner, spec, taken)
     # Vectors live on when the weights have been packed: as views they would keep the whole mapped file.
     replace_tensors(spec, lambda tensor: tensor.clone() if tensor.dim() == 1 else tensor)
     return spec
@@ -104,29 +125,57 @@ def _logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 
-def _layer(layer: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, index: int) -> Layer:
+def kept_by(spec: DecoderSpec) -> list[Kept]:
+    """What each layer keeps of a sequence."""
+    return [_kept(layer.mixer) for layer in spec.layers]
+
+
+def _kept(mixer: Attention | Recurrent) -> Kept:
+    if isinstance(mixer, Attention):
+        return LayerSpec(mixer.kv_heads, mixer.head_size, mixer.head_size, mixer.window)
+    channels, taps = mixer.conv.weight.shape
+    rule = mixer.rule
+    return StateSpec(
+        (taps - 1, channels), None if rule is None else (rule.heads, rule.key_size, rule.value_size)
+    )
+
+
+def _layer(layer: nn.Module, mixer: Attention | Recurrent) -> Layer:
     norms = {name: part for name, part in layer.named_children() if name.endswith("norm")}
     places = NORM_PLACES.get(frozenset(norms))
     if places is None:
         raise NotUnderstood(f"a layer with the norms {', '.join(sorted(norms)) or 'none'}")
-    attention = _attention(parts.one_of(layer, "self_attn", "attention"), cached, config, ropes, index)
     *names, parallel = places
     before, after, mlp_before, mlp_after = (
         None if name is None else parts.norm(norms[str(name)]) for name in names
     )
-    feed = _feed(layer, parts.one_of(layer, "mlp", "feed_forward", "block_sparse_moe"))
-    return Layer(attention, feed, before, after, mlp_before, mlp_after, bool(parallel))
+    feed = _feed(layer, parts.one_of(layer, "mlp", "feed_forward", "block_sparse_moe", "shared_mlp"))
+    return Layer(mixer, feed, before, after, mlp_before, mlp_after, bool(parallel))
 
 
-def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, index: int) -> Attention:
+def _attention(
+    layer: nn.Module,
+    attended: Iterator[LayerSpec],
+    config: Any,
+    ropes: _Ropes,
+    index: int,
+    taken: list[Tensor],
+) -> Attention:
+    """The attention of layer `index`, which keeps what the next of `attended` says."""
+    part, cached = parts.one_of(layer, "self_attn", "attention"), next(attended, None)
+    if cached is None:
+        raise NotUnderstood(f"a {type(part).__name__} that doesn't attend")
     if cached.key_size != cached.value_size:
         raise NotUnderstood("keys and values of different sizes")
     if hasattr(part, "qkv_proj"):
         qkv = [parts.linear(part.qkv_proj)]
     else:
         qkv = [parts.linear(getattr(part, name, None)) for name in ("q_proj", "k_proj", "v_proj")]
-    out = parts.linear(parts.one_of(part, "o_proj", "dense"))
+    out = parts.linear(parts.one_of(part, "o_proj", "dense", "out_proj"))
     heads = out.weight.shape[1] // cached.key_size
+    gate = None
+    if len(qkv) > 1 and qkv[0].weight.shape[0] == 2 * heads * cached.key_size:
+        qkv[0], gate = _apart(qkv[0], heads, taken)
     sinks = getattr(part, "sinks", None)
     q_norm, k_norm = (
         parts.optional_norm(part, "q_norm", "q_layernorm"),
@@ -147,7 +196,23 @@ def _attention(part: nn.Module, cached: LayerSpec, config: Any, ropes: _Ropes, i
         q_norm=q_norm,
         k_norm=k_norm,
         rope=ropes.of(part, config, index),
+        gate=gate,
     )
+
+
+def _apart(joined: Linear, heads: int, taken: list[Tensor]) -> tuple[Linear, Linear]:
+    """Each head's queries and the gates behind them, as two products."""
+    assert isinstance(joined.weight, Tensor)
+    taken.append(joined.weight)
+    biases: tuple[Tensor | None, ...] = (None, None)
+    if joined.bias is not None:
+        taken.append(joined.bias)
+        biases = tuple(x.flatten() for x in joined.bias.view(heads, 2, -1).unbind(1))
+    weights = joined.weight.view(heads, 2, -1, joined.weight.shape[1]).unbind(1)
+    query, gate = (
+        Linear(x.flatten(0, 1).contiguous(), bias) for x, bias in zip(weights, biases, strict=True)
+    )
+    return query, gate
 
 
 def _feed(layer: nn.Module, part: nn.Module) -> MLP | Experts:
@@ -161,7 +226,7 @@ class _Ropes:
     """The rotary tables of a model, one for each kind of layer that has its own."""
 
     def __init__(self, inner: nn.Module, context: int, interleaved: bool) -> None:
-        self._module = getattr(inner, "rotary_emb", None)
+        self._module = getattr(inner, "rotary_emb", None) or getattr(inner, "pos_emb", None)
         self._context = context
         self._interleaved = interleaved
         self._index: dict[str | None, int] = {}
@@ -201,15 +266,15 @@ def _angles(table: Tensor) -> slice:
     return slice(None)
 
 
-def _require_all_used(module: nn.Module, spec: DecoderSpec) -> None:
-    used: set[int] = set()
+def _require_all_used(inner: nn.Module, spec: DecoderSpec, taken: list[Tensor]) -> None:
+    used = {_identity(tensor) for tensor in taken}
 
     def note(tensor: Tensor) -> Tensor:
         used.add(_identity(tensor))
         return tensor
 
     replace_tensors(spec, note)
-    for name, parameter in module.named_parameters():
+    for name, parameter in inner.named_parameters():
         if _identity(parameter) not in used:
             raise NotUnderstood(f"the parameter {name}")
 

@@ -16,6 +16,8 @@ class NotUnderstood(ValueError):
 
 def mlp(part: nn.Module) -> MLP:
     """A gated or a plain MLP, by the names of its linears."""
+    if hasattr(part, "w1") and hasattr(part, "w3"):  # LFM2's, which names no activation
+        return MLP([linear(part.w1), linear(part.w3)], True, linear(getattr(part, "w2", None)), "silu")
     act = activation(one_of(part, "act_fn", "activation_fn", "act", "activation"))
     for joined, down in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):
         if hasattr(part, joined):

@@ -122,8 +122,8 @@ class Engine:
             max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
             quiet_tokens=0 if on_gpu or config.max_batch_tokens else CPU_QUIET_TOKENS,
             score_tokens=self.runner.score_tokens,
-            prefix_cache=config.kv_cache.prefix_cache and forward.splits_prompts,
-            draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.splits_prompts else 0,
+            prefix_cache=config.kv_cache.prefix_cache and forward.shares_prefixes,
+            draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.shares_prefixes else 0,
         )
 
     def close(self) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine import attention, cpu_tape, fusion, gguf, kv_cache
-from tokenmill.engine.attention import AttentionMetadata, LayerSpec
+from tokenmill.engine.attention import AttentionMetadata, Kept, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
 from tokenmill.engine.cuda_graph import StaticRows
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.describe import describe
+from tokenmill.engine.describe import describe, kept_by
 from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
@@ -58,7 +58,9 @@ class Forward(Protocol):
     """For people: which way this is."""
     capacity: Capacity
     splits_prompts: bool
-    """Whether a prompt may be computed in chunks, prefixes shared and drafts taken back."""
+    """Whether a prompt may be computed in chunks."""
+    shares_prefixes: bool
+    """Whether each token's part of the cache stands by itself: prefixes can be shared and drafts taken back."""
 
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor: ...
 
@@ -70,6 +72,9 @@ class Forward(Protocol):
 
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         """Copy KV blocks [n] int64."""
+
+    def copy_states(self, source: Tensor, target: Tensor) -> None:
+        """Copy what layers carry for the sequences of slots [n] int64."""
 
 
 class PagedForward:
@@ -83,15 +88,25 @@ class PagedForward:
         self._block_size = config.block_size or kernels.block_size(dtype)
         self._logits, self.name, layers = self._build(model, config)
         self._layers = layers
-        self._cache = kv_cache.allocate(layers, PROFILE_BLOCKS, self._block_size, dtype, model.device)
+        self.shares_prefixes = all(isinstance(layer, LayerSpec) for layer in layers)
+        make_cache = partial(
+            kv_cache.allocate,
+            layers,
+            block_size=self._block_size,
+            dtype=dtype,
+            device=model.device,
+            sequences=config.max_batch,
+            state_dtype=model.dtype,
+        )
+        self._cache = make_cache(num_blocks=PROFILE_BLOCKS)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
-        del self._cache
+        self._cache = kv_cache.KVCache([])
         num_blocks = self._count_blocks(model, config, dtype, activations)
         token_bytes = kv_cache.block_bytes(layers, 1, dtype) * config.tensor_parallel
         block_bytes = token_bytes * self._block_size
         history = kv_cache.history(config, model.device, block_bytes, model.size.weight_bytes)
         self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history)
-        self._cache = kv_cache.allocate(layers, num_blocks, self._block_size, dtype, model.device)
+        self._cache = make_cache(num_blocks=num_blocks)
         self._touches = self._cache.touches()
         self._speed_up(dtype)
 
@@ -146,10 +161,11 @@ class PagedForward:
         starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         width = -(-max(counts) // self._block_size)
         table = torch.zeros(len(counts), width, dtype=torch.int32, device=device)
-        metadata = self._metadata(zeros, table, lengths, starts, sum(count == 1 for count in counts))
+        lines = torch.arange(len(counts), device=device)
+        metadata = self._metadata(zeros, table, lengths, starts, sum(count == 1 for count in counts), lines)
         self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
 
-    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[LayerSpec]]:
+    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[Kept]]:
         """What computes logits, what it is called, and what each of its layers keeps."""
         form, module = model.verdict.decoder, model.module
         assert module is not None
@@ -159,24 +175,36 @@ class PagedForward:
             gguf.put_blocks(described, module, model.blocks)
             model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()
-            return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels", layers
+            kept = kept_by(described)
+            return Decoder(described, self._kernels), f"fused decoder, {self._kernels.name} kernels", kept
         _require_full_weights(model, config)
         if model.verdict.fusible:
             fusion.fuse_siblings(module)
         own: ModelLogits = partial(attention.forward, module)
-        return own, f"its own code, {self._kernels.name} kernels", layers
+        return own, f"its own code, {self._kernels.name} kernels", list(layers)
 
     def _metadata(
-        self, slots: Tensor, table: Tensor, seq_lens: Tensor, query_start: Tensor, decodes: int
+        self,
+        slots: Tensor,
+        table: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        decodes: int,
+        lines: Tensor | None = None,
     ) -> AttentionMetadata:
         plans = self._kernels.plan_attention(decodes)
         return AttentionMetadata(
-            self._kernels, self._cache.caches, slots, table, seq_lens, query_start, plans
+            self._kernels, self._cache.caches, slots, table, seq_lens, query_start, plans, lines
         )
 
     def __call__(self, step: Step, inputs: StepInputs) -> Tensor:
         metadata = self._metadata(
-            inputs.slots, inputs.block_table, inputs.seq_lens, inputs.query_start, inputs.decodes
+            inputs.slots,
+            inputs.block_table,
+            inputs.seq_lens,
+            inputs.query_start,
+            inputs.decodes,
+            inputs.chunk_rows,
         )
         return self._logits(inputs.input_ids, inputs.positions, metadata, inputs.logits_index)
 
@@ -195,6 +223,7 @@ class PagedForward:
             rows["seq_lens"][:count],
             rows.query_start[: count + 1],
             count,
+            rows["rows"][:count],
         )
         return self._logits(tokens, rows["positions"][:count], metadata, None, out)
 
@@ -213,7 +242,8 @@ class PagedForward:
             done += count
             lengths = torch.tensor([done], dtype=torch.int32, device=device)
             borders = torch.tensor([0, count], dtype=torch.int32, device=device)
-            metadata = self._metadata(positions[now] + size, table, lengths, borders, int(count == 1))
+            decodes, line = int(count == 1), torch.zeros(1, dtype=torch.int64, device=device)
+            metadata = self._metadata(positions[now] + size, table, lengths, borders, decodes, line)
             parts.append(self._logits(tokens[now], positions[now], metadata, None))
         return torch.cat(parts)
 
@@ -224,8 +254,14 @@ class PagedForward:
         """Nothing to do: blocks belong to sequences, not to slots."""
 
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
-        for k_cache, v_cache in self._cache.caches:
-            self._kernels.copy_blocks(k_cache, v_cache, source, target)
+        for layer, (k_cache, v_cache) in zip(self._layers, self._cache.caches, strict=True):
+            if isinstance(layer, LayerSpec):
+                self._kernels.copy_blocks(k_cache, v_cache, source, target)
+
+    def copy_states(self, source: Tensor, target: Tensor) -> None:
+        for layer, states in zip(self._layers, self._cache.caches, strict=True):
+            for state in () if isinstance(layer, LayerSpec) else states:
+                self._kernels.copy_states(state, source, target)
 
 
 def _cache_dtype(model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> torch.dtype:
@@ -250,7 +286,7 @@ class ModelLogits(Protocol):
 class SequentialForward:
     """Through the model's own cache. Blocks are only counted here, enough for every slot's longest sequence."""
 
-    splits_prompts = False
+    splits_prompts = shares_prefixes = False
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         block_size = config.block_size or ReferenceKernels().block_size(model.dtype)
@@ -275,6 +311,9 @@ class SequentialForward:
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         """Nothing to do: forks copy the model's own cache."""
 
+    def copy_states(self, source: Tensor, target: Tensor) -> None:
+        """Nothing to do, as before."""
+
 
 def _require_full_weights(model: LoadedModel, config: EngineConfig) -> None:
     """A model's own code multiplies with weights as they are; raises LoadError where others are asked for."""
@@ -288,7 +327,11 @@ def _require_full_weights(model: LoadedModel, config: EngineConfig) -> None:
 @torch.no_grad()
 def build_forward(model: LoadedModel, config: EngineConfig, kernels: ReferenceKernels) -> Forward:
     """The fastest way that is right for this model. Takes its weights over."""
-    if model.verdict.refusal is not None:
+    verdict = model.verdict
+    if verdict.refusal is not None or (verdict.carries and not config.fused_decoder):
         _require_full_weights(model, config)
+        if verdict.carries:
+            assert model.module is not None
+            model.module.set_attn_implementation("eager")
         return SequentialForward(model, config)
     return PagedForward(model, config, kernels)

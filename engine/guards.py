@@ -12,7 +12,7 @@ mixed batches and single tokens. The verdict is kept in the cache folder under a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
@@ -30,6 +30,7 @@ from tokenmill.engine import (
     describe,
     describe_experts,
     describe_parts,
+    describe_recurrent,
     fusion,
     kv_cache,
     rope,
@@ -39,13 +40,15 @@ from tokenmill.engine.disk_cache import cache_root, key_of, write_file
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import first_line
 from tokenmill.engine.progress import quiet
-from tokenmill.kernels import reference
+from tokenmill.kernels import recurrent, reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Forward = Callable[[Tensor, Tensor, attention.AttentionMetadata, Tensor | None], Tensor]
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+CARRYING_LAYERS = {"linear_attention", "conv", "mamba"}
+"""Those whose state only the fused decoder can keep for several sequences."""
 TOLERANCE = 1e-4  # of the largest logit
 HIDDEN, VOCAB, BLOCK = 64, 128, 4
 LENGTHS = (23, 14, 6)
@@ -68,24 +71,26 @@ class Verdict(msgspec.Struct, frozen=True):
 
     `refusal`: why the type can't run in the paged cache, None if it can; `fusible`: whether its sibling
     linears may be fused; `decoder`: how the fused decoder must pair the dimensions that RoPE turns to be
-    right, None if it isn't right in either way.
+    right, None if it isn't right in either way; `carries`: whether nothing but the fused decoder is.
     """
 
     refusal: str | None
     fusible: bool = False
     decoder: Literal["halves", "interleaved"] | None = None
+    carries: bool = False
 
 
 def check(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Verdict:
     """What is safe with this type and config."""
-    if not model_class.is_backend_compatible():  # type: ignore[no-untyped-call]
-        return Verdict("it has an attention of its own")
     text_config = config.get_text_config(decoder=True)
-    strange = sorted(set(getattr(text_config, "layer_types", None) or ()) - KNOWN_LAYERS)
-    if strange:
+    kinds = set(getattr(text_config, "layer_types", None) or ())
+    if strange := sorted(kinds - KNOWN_LAYERS - CARRYING_LAYERS):
         return Verdict(f"it has {strange[0]} layers")
+    if not kinds & CARRYING_LAYERS and not model_class.is_backend_compatible():  # type: ignore[no-untyped-call]
+        return Verdict("it has an attention of its own")
     fields = twin_fields(config)
-    return _kept(fields) or _keep(fields, judge(model_class, fields))
+    carrying = next(iter(sorted(kinds & CARRYING_LAYERS)), None)
+    return _kept(fields) or _keep(fields, judge(model_class, fields, carrying))
 
 
 def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -94,8 +99,11 @@ def twin_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in NAMES and not k.startswith("_")}
 
 
-def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict:
-    """Build the twins and compare them: eager, ours, ours with fused linears, the fused decoder."""
+def judge(model_class: type[PreTrainedModel], fields: dict[str, Any], carrying: str | None) -> Verdict:
+    """Build the twins and compare them: eager, ours, ours with fused linears, the fused decoder.
+
+    `carrying` is a kind of its layers that the model's own code can't run for several sequences at once.
+    """
     attention.register()
     texts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
     with quiet(), torch.no_grad():
@@ -104,6 +112,10 @@ def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict
             wanted = [eager(input_ids=text[None], use_cache=False).logits[0] for text in texts]
         except Exception as error:  # a twin is a guess at sizes that fit each other
             return Verdict(f"no small twin of it runs: {first_line(error)}")
+        if carrying is not None:
+            return _judge_carrying(
+                partial(_twin, model_class, fields, attention.NAME), texts, wanted, carrying
+            )
         try:
             ours = _twin(model_class, fields, attention.NAME)
             layers = attention.probe_layers(ours)
@@ -121,6 +133,18 @@ def judge(model_class: type[PreTrainedModel], fields: dict[str, Any]) -> Verdict
     return Verdict(None, fused <= TOLERANCE, decoder)
 
 
+def _judge_carrying(
+    make: Callable[[], PreTrainedModel], texts: list[Tensor], wanted: list[Tensor], kind: str
+) -> Verdict:
+    """Whether the fused decoder is right for a model with `kind` layers; nothing else is."""
+    refusal = f"it has {kind} layers"
+    try:
+        form = _decoder_form(make, texts, wanted)
+    except Exception as failure:  # whatever an unsuitable forward does with our arguments
+        return Verdict(f"{refusal}; {first_line(failure)}")
+    return Verdict(refusal if form is None else None, decoder=form, carries=form is not None)
+
+
 def _decoder_form(
     make: Callable[[], PreTrainedModel], texts: list[Tensor], wanted: list[Tensor]
 ) -> Literal["halves", "interleaved"] | None:
@@ -133,7 +157,8 @@ def _decoder_form(
             described = describe.describe(module, layers, shrink.CONTEXT, form == "interleaved")
         except describe_parts.NotUnderstood:
             return None
-        found = run_paged(decoder.Decoder(described, ReferenceKernels()), layers, texts)
+        kept = describe.kept_by(described)
+        found = run_paged(decoder.Decoder(described, ReferenceKernels()), kept, texts)
         if relative_error(found, wanted) <= TOLERANCE:
             return form
     return None
@@ -152,10 +177,12 @@ def _twin(model_class: type[PreTrainedModel], fields: dict[str, Any], implementa
     return model
 
 
-def run_paged(forward: Forward, layers: list[attention.LayerSpec], texts: list[Tensor]) -> list[Tensor]:
+def run_paged(forward: Forward, layers: Sequence[attention.Kept], texts: list[Tensor]) -> list[Tensor]:
     """Logits [tokens, V] of each text [tokens], computed by `forward` in `STEPS` through a paged cache."""
     width = -(-max(LENGTHS) // BLOCK)
-    cache = kv_cache.allocate(layers, width * len(texts), BLOCK, torch.float32, torch.device("cpu"))
+    cache = kv_cache.allocate(
+        layers, width * len(texts), BLOCK, torch.float32, torch.device("cpu"), sequences=len(texts)
+    )
     # Interleaved, so that a row's blocks are no run of neighbours; block 0 belongs to nobody.
     tables = torch.arange(1, 1 + width * len(texts), dtype=torch.int32).reshape(width, len(texts)).T
     done = [0] * len(texts)
@@ -170,6 +197,7 @@ def run_paged(forward: Forward, layers: list[attention.LayerSpec], texts: list[T
             block_table=tables[rows],
             seq_lens=torch.tensor([done[i] + step[i] for i in rows], dtype=torch.int32),
             query_start=torch.tensor([0, *accumulate(step[i] for i in rows)], dtype=torch.int32),
+            lines=torch.tensor(rows),
         )
         ids = torch.cat([texts[i][s] for i, s in zip(rows, spans, strict=True)])
         logits = forward(ids, torch.cat(spans), metadata, None)
@@ -192,8 +220,8 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
     modules = (
-        attention, decoder, decoder_spec, describe, describe_experts, describe_parts, fusion, reference,
-        rope, shrink,
+        attention, decoder, decoder_spec, describe, describe_experts, describe_parts, describe_recurrent, fusion,
+        recurrent, reference, rope, shrink,
     )  # fmt: skip
     code = [Path(str(module.__file__)).read_bytes() for module in modules]
     twin = json.dumps(fields, sort_keys=True, default=str)

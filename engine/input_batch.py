@@ -70,8 +70,10 @@ class StepInputs:
     lines: Tensor  # [N] int64: `rows` on the device
     settings: Settings  # [N] each: how to draw
     copies: tuple[Tensor, Tensor] | None  # (source, target) blocks
+    chunk_rows: Tensor  # [R] int64: the chunks' sequences' slots
     constrained: bool  # whether some sampler follows a grammar
     plain: bool = False  # whether nothing but temperatures tells how the samplers draw
+    forks: tuple[Tensor, Tensor] | None = None  # (source, target) slots
     bucket: int = 0  # rows of the captured graph that runs this step; 0: none does
     host: tuple[NDArray[Any], ...] = ()
     """Of an uncaptured step: `input_ids` to `logits_index` on the host, for other ranks (rank_link.py)."""
@@ -163,7 +165,7 @@ class InputBatch:
         np.cumsum(counts, out=query_start[1:])
         total = int(query_start[-1])
         positions = np.arange(total) - np.repeat(query_start[:-1] - starts, counts)
-        _, table = self._table(chunks)
+        chunk_rows, table = self._table(chunks)
         of_chunk = np.repeat(np.arange(len(chunks)), counts)
         slots = table[of_chunk, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
@@ -174,9 +176,9 @@ class InputBatch:
         generated = np.array([row.generated for row in samplers], np.int64)
         arrays: list[NDArray[Any]] = [
             ids, positions, slots, table, (starts + counts).astype(np.int32), query_start.astype(np.int32),
-            np.concatenate([scored_rows, last]), targets, rows, *self._settings(rows, generated),
+            np.concatenate([scored_rows, last]), targets, rows, *self._settings(rows, generated), chunk_rows,
         ]  # fmt: skip
-        put = self.staging.put([*arrays, *carried, *block_pairs(step.copies)])
+        put = self.staging.put([*arrays, *carried, *pairs(step.forks), *pairs(step.copies)])
         common, extra = put[: len(arrays)], put[len(arrays) :]
         return StepInputs(
             input_ids=common[0],
@@ -196,6 +198,8 @@ class InputBatch:
             lines=common[8],
             settings=(common[9], common[10], common[11], common[12], common[13], common[14]),
             copies=(extra[-2], extra[-1]) if step.copies else None,
+            chunk_rows=common[15],
+            forks=(extra[len(carried)], extra[len(carried) + 1]) if step.forks else None,
             constrained=any(row.sequence.matcher is not None for row in samplers),
             host=tuple(arrays[:7]),
         )
@@ -241,6 +245,7 @@ class InputBatch:
             lines=lines,
             settings=(settings[0], settings[1], settings[2], settings[3], settings[4], put[4]),
             copies=None,
+            chunk_rows=lines,
             constrained=any(row.sequence.matcher is not None for row in samplers),
             plain=same.plain,
             host=(ids, positions, slots, same.table, lengths, same.starts, same.lines),
@@ -366,6 +371,6 @@ class InputBatch:
         return parts, np.array(rows, np.int64), np.array(targets, np.int64)
 
 
-def block_pairs(copies: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
-    """Sources and targets of block copies."""
+def pairs(copies: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
+    """Sources and targets of copies."""
     return list(np.array(copies, np.int64).T.copy()) if copies else []

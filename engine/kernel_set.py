@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from tokenmill.engine.block_weight import Experts, Weight, full, join, join_biases
 from tokenmill.engine.config import Quantization
-from tokenmill.kernels import reference
+from tokenmill.kernels import recurrent, reference
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rows, Rule
 
 Normalize = Callable[[Tensor], Tensor]
 """x [T, hidden] → what the products that follow take."""
@@ -28,6 +29,12 @@ Router = Callable[[Tensor], Tensor]
 """x [T, in] → [T, X] float32."""
 Mixture = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """x [T, in], expert ids [T, k] int32 (-1: none), weights [T, k] float32, residual [T, out] or None → [T, out]."""
+Convolve = Callable[[Tensor, Tensor, Rows], Tensor]
+"""x [T, W], the layer's state, whose it is → [T, C]: `recurrent.causal_conv`."""
+Recur = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
+"""x [T, W], gates [T, ·], the layer's state, whose it is → [T, H * E]: `recurrent.recur`."""
+GatedNormalize = Callable[[Tensor, Tensor], Tensor]
+"""x [T, W], what gates it in its last columns → [T, W]: `recurrent.gated_norm`."""
 Entries = tuple[Tensor, Tensor, Tensor]
 """Rows, tokens (int64, distinct pairs) and float32 values to add there."""
 Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -104,6 +111,8 @@ class ReferenceKernels:
     layer_norm: Callable[..., Tensor] = staticmethod(reference.layer_norm)
     activate: Callable[..., Tensor] = staticmethod(reference.activate)
     gate_add: Callable[..., Tensor] = staticmethod(reference.gate_add)
+    gate_mul: Callable[..., Tensor] = staticmethod(recurrent.gate_mul)
+    copy_states: Callable[..., None] = staticmethod(recurrent.copy_states)
     apply_logit_bias: Callable[..., None] = staticmethod(reference.apply_logit_bias)
     apply_penalties: Callable[..., None] = staticmethod(reference.apply_penalties)
     apply_bitmask: Callable[..., None] = staticmethod(reference.apply_bitmask)
@@ -169,6 +178,18 @@ class ReferenceKernels:
         """Router logits. What they choose is all or nothing, so neither weight nor result is rounded."""
         wide, added = join([weight]).float(), None if bias is None else bias.float()
         return lambda x: functional.linear(x.float(), wide, added)
+
+    def make_conv(self, conv: Conv) -> Convolve:
+        """The convolution of a layer that carries a state."""
+        return lambda x, state, rows: recurrent.causal_conv(x, conv, state, rows)
+
+    def make_recurrence(self, rule: Rule) -> Recur:
+        """The recurrence of such a layer."""
+        return lambda x, gates, state, rows: recurrent.recur(x, gates, rule, state, rows)
+
+    def make_gated_norm(self, norm: GatedNorm) -> GatedNormalize:
+        """The norm of what it brings."""
+        return lambda x, gate: recurrent.gated_norm(x, gate, norm)
 
     def make_head(self, weight: Weight, bias: Tensor | None) -> Product:
         """The product that brings logits."""

@@ -3,18 +3,22 @@
     one layer:  k [B + 1, G, S, D]   v [B + 1, G, S, E]
 
 Block 0 belongs to nobody: what is computed for no request may be written there. Requests own blocks 1 to B.
+
+    a layer that carries a state:  conv [N + 1, K - 1, C]   state [N + 1, H, D, E] float32
+
+Sequences have one each, under the number of their slot; the last one is nobody's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.attention import Kept, LayerSpec, StateSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.kernels.cpu import memory
 
@@ -27,7 +31,7 @@ HISTORY_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """All layers' tensors; `caches[i]` is layer i's (k, v)."""
+    """All layers' tensors; `caches[i]` is layer i's (k, v) or (conv, state)."""
 
     caches: list[tuple[Tensor, Tensor]]
 
@@ -40,14 +44,21 @@ class KVCache:
             yield
 
 
-def block_bytes(layers: list[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(layers: list[Kept], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
-    return sum(layer.elements_per_token() for layer in layers) * block_size * dtype.itemsize
+    elements = sum(layer.elements_per_token() for layer in layers if isinstance(layer, LayerSpec))
+    return elements * block_size * dtype.itemsize
+
+
+def state_bytes(layers: list[Kept], dtype: torch.dtype) -> int:
+    """Bytes of one sequence's states over all layers."""
+    states = [layer for layer in layers if isinstance(layer, StateSpec)]
+    return sum(math.prod(x.conv) * dtype.itemsize + math.prod(x.state or (0,)) * 4 for x in states)
 
 
 def count_blocks(
     config: EngineConfig,
-    layers: list[LayerSpec],
+    layers: list[Kept],
     dtype: torch.dtype,
     device: torch.device,
     max_context: int,
@@ -66,6 +77,7 @@ def count_blocks(
     if device.type == "cuda" and gib is None:
         free, _ = torch.cuda.mem_get_info(device)
         available = free * config.kv_cache.memory_share - activations
+        available -= (config.max_batch + 1) * state_bytes(layers, dtype)
     else:
         available = (CPU_GIB if gib is None else gib) * 2**30 / config.tensor_parallel
     useful = config.max_batch * -(-max_context // block_size)
@@ -73,7 +85,7 @@ def count_blocks(
     if blocks < 1:
         raise MemoryError(
             f"no room for a KV cache: one block takes {per_block / 2**20:.1f} MiB, "
-            f"{available / 2**20:.1f} MiB are to be had; lower max_batch_tokens or raise kv_cache.gib"
+            f"{available / 2**20:.1f} MiB are to be had; lower max_batch or max_batch_tokens, or raise kv_cache.gib"
         )
     return blocks
 
@@ -92,17 +104,31 @@ def history(
 
 
 def allocate(
-    layers: list[LayerSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    layers: Sequence[Kept],
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    sequences: int = 0,
+    state_dtype: torch.dtype | None = None,
 ) -> KVCache:
-    """Zeroed tensors: stale NaNs must not meet a masked weight."""
-    caches = [
-        (
-            _zeros((num_blocks + 1, x.kv_heads, block_size, x.key_size), dtype, device),
-            _zeros((num_blocks + 1, x.kv_heads, block_size, x.value_size), dtype, device),
+    """Zeroed tensors: stale NaNs must not meet a masked weight.
+
+    Keys and values are held in `dtype`; the states of `sequences` sequences in `state_dtype` (None: the same), but
+    for those of recurrences.
+    """
+
+    def tensors(layer: Kept) -> tuple[Tensor, Tensor]:
+        if isinstance(layer, StateSpec):
+            conv = _zeros((sequences + 1, *layer.conv), state_dtype or dtype, device)
+            return conv, _zeros((sequences + 1, *(layer.state or (0,))), torch.float32, device)
+        held = (num_blocks + 1, layer.kv_heads, block_size)
+        return _zeros((*held, layer.key_size), dtype, device), _zeros(
+            (*held, layer.value_size), dtype, device
         )
-        for x in layers
-    ]
-    return KVCache(caches)
+
+    return KVCache([tensors(layer) for layer in layers])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -144,6 +144,7 @@ class ModelRunner:
             self.kernels.draw(penalized, settings, filtered=filtered, counted=(nobody, counts[0]))
         self.kernels.token_logprobs(logits, zeros, 0)
         self.forward.copy_blocks(nobody, nobody)
+        self.forward.copy_states(one["rows"], one["rows"])
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
@@ -243,6 +244,7 @@ class ModelRunner:
             lines=fields["rows"],
             settings=draw_settings(fields),
             copies=None,
+            chunk_rows=fields["rows"],
             constrained=any(row.sequence.matcher is not None for row in decode.samplers),
             bucket=bucket,
         )
@@ -257,6 +259,8 @@ class ModelRunner:
         logits = self.forward(step, inputs)
         if inputs.copies is not None:
             self.forward.copy_blocks(*inputs.copies)
+        if inputs.forks is not None:
+            self.forward.copy_states(*inputs.forks)
         return logits
 
     def _draw(self, run: Run) -> Sampled:

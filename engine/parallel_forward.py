@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine import attention
-from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.attention import Kept
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.decoder import Decoder, Sum
 from tokenmill.engine.describe import describe
 from tokenmill.engine.forward import ModelLogits, PagedForward
-from tokenmill.engine.input_batch import StepInputs, block_pairs
+from tokenmill.engine.input_batch import StepInputs, pairs
 from tokenmill.engine.kernel_set import Product, ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
@@ -94,7 +94,7 @@ class ParallelForward(PagedForward):
         self._staging = Staging(model.device)
         super().__init__(model, config, kernels)
 
-    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[LayerSpec]]:
+    def _build(self, model: LoadedModel, config: EngineConfig) -> tuple[ModelLogits, str, list[Kept]]:
         form, module, size = model.verdict.decoder, model.module, self._ranks.size
         assert module is not None
         if form is None or not config.fused_decoder:
@@ -102,12 +102,12 @@ class ParallelForward(PagedForward):
                 f"{config.source}: tensor_parallel needs the fused decoder, which doesn't run a "
                 f"{model.model_type}; leave it out"
             )
-        layers = attention.probe_layers(module, multiply=False)
-        described = describe(module, layers, model.max_context, form == "interleaved")
+        attended = attention.probe_layers(module, multiply=False)
+        described = describe(module, attended, model.max_context, form == "interleaved")
         model.module = module = None
         self._kernels.own_threads()
         try:
-            layers = shard(described, layers, Share(self._ranks.rank, size), model.device)
+            layers = shard(described, Share(self._ranks.rank, size), model.device)
             decoder = Decoder(described, self._kernels, Together(self._ranks, model.logits_width))
         except LoadError as error:
             raise LoadError(f"{config.source}: {error}") from None
@@ -161,4 +161,4 @@ class ParallelForward(PagedForward):
         metadata = self._metadata(slots, table, lengths, starts, step.decodes)
         self._logits(ids, positions, metadata, rows)
         if step.copies:
-            self.copy_blocks(*self._staging.put(block_pairs(step.copies)))
+            self.copy_blocks(*self._staging.put(pairs(step.copies)))

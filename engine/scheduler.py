@@ -38,10 +38,14 @@ class Chunk:
 
 @dataclass(slots=True)
 class Step:
-    """One step's work. `copies` are (source, target) blocks to copy after the forward pass (forks)."""
+    """One step's work. `copies` are (source, target) blocks to copy after the forward pass (forks).
+
+    `forks` are the slots of those sequences: (of the one that was computed, of its child).
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    forks: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     """Sequences that got their slot in this step: their persistent rows must be written."""
@@ -271,6 +275,7 @@ class Scheduler:
             child.prompt_scored = len(parent.prompt)
             child.cached_tokens = 0
             self._run(child, step)
+            step.forks.append((parent.slot, child.slot))
             forked.append(child)
         return forked
 

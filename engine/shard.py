@@ -12,16 +12,16 @@ are on: of a mapped file only those bytes are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenmill.engine.attention import LayerSpec
+from tokenmill.engine.attention import Kept
 from tokenmill.engine.block_weight import Weight, full
 from tokenmill.engine.decoder_spec import MLP, Attention, DecoderSpec, Experts, Linear, replace_tensors
+from tokenmill.engine.describe import kept_by
 from tokenmill.engine.load_error import LoadError
 
 HEAD_ROWS = 16
@@ -46,16 +46,15 @@ class Share:
         return slice(first, first + max(1, count // self.size))
 
 
-def shard(
-    model: DecoderSpec, layers: Sequence[LayerSpec], share: Share, device: torch.device
-) -> list[LayerSpec]:
+def shard(model: DecoderSpec, share: Share, device: torch.device) -> list[Kept]:
     """Cut `model` down to this rank's part, on `device`; what its layers then keep in the cache.
 
     Raises LoadError where the number of ranks doesn't divide something.
     """
     refuse_uneven(model, share.size)
     for layer in model.layers:
-        _cut_attention(layer.attention, share)
+        assert isinstance(layer.mixer, Attention)
+        _cut_attention(layer.mixer, share)
         _cut_feed(layer.mlp, share)
     tied = model.head.weight is model.embedding
     if not tied:
@@ -64,16 +63,17 @@ def shard(
     if tied:  # a view of what is there anyway
         model.head.weight = model.embedding
         _cut_head(model.head, share)
-    return [
-        replace(cached, kv_heads=layer.attention.kv_heads)
-        for cached, layer in zip(layers, model.layers, strict=True)
-    ]
+    return kept_by(model)
 
 
 def refuse_uneven(model: DecoderSpec, size: int) -> None:
     """Raise LoadError where `model` can't be cut into `size` equal parts."""
     for layer in model.layers:
-        attention = layer.attention
+        attention = layer.mixer
+        if not isinstance(attention, Attention) or attention.gate is not None:
+            raise LoadError(
+                "tensor_parallel: layers that carry a state, or whose attention is gated, aren't cut"
+            )
         _require(attention.heads, size, "query heads")
         if size % attention.kv_heads:
             _require(attention.kv_heads, size, "KV heads")

@@ -70,6 +70,7 @@ def fitting_fields(model_type: object, hidden: int) -> dict[str, Any]:
         "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
         "hrm_text": {"num_layers_per_stack": None},
         "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
         "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
         "mamba2": {"num_heads": 2 * HEADS},
         "qwen4_exp_text": {

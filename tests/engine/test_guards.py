@@ -20,7 +20,7 @@ from tokenmill.kernels import reference
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 DECODER_HALVES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo2",
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "granite", "olmo2",
     "olmo3", "starcoder2", "smollm3", "seed_oss", "phi", "exaone4",
     "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe",
     "granitemoeshared", "dots1", "exaone_moe", "minimax_m2", "solar_open", "mellum", "hy_v3",
@@ -32,7 +32,6 @@ OWN_CODE = (
     "deepseek_v3",
     "gemma4_text",
     "bert",
-    "gemma3",
     "phimoe",
     "hunyuan_v1_moe",
     "afmoe",
@@ -71,7 +70,7 @@ def test_a_decoder_that_computes_otherwise_is_not_used(monkeypatch: pytest.Monke
     ("model_type", "words"),
     [
         ("falcon", "attention of its own"),
-        ("mamba", "attention of its own"),
+        ("mamba", "linear_attention layers"),
         ("llama4_text", "has chunked_attention layers"),
         ("minimax", "has linear_attention layers"),
         ("reformer", "attention of its own"),

@@ -74,14 +74,14 @@ def described(folder: Path) -> tuple[decoder_spec.DecoderSpec, list[attention.La
 
 def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:
     """Rank 0's logits of `TEXTS`."""
-    whole, layers = described(folder)
+    whole, _layers = described(folder)
     width = whole.head.weight.shape[0]
     meeting = Meeting(size)
 
     @torch.inference_mode()
     def one(rank: int) -> list[Tensor]:
         part = copy.deepcopy(whole)
-        own = shard(part, layers, Share(rank, size), CPU)
+        own = shard(part, Share(rank, size), CPU)
         seat: Any = Seat(meeting, rank)
         return guards.run_paged(Decoder(part, ReferenceKernels(), Together(seat, width)), own, TEXTS)
 
@@ -114,8 +114,8 @@ def test_a_vocabulary_that_ranks_do_not_divide(vocab: int) -> None:
 
 
 def test_a_tied_head_is_a_view_of_the_embedding() -> None:
-    whole, layers = described(tiny("llama", tie_word_embeddings=True))
-    shard(whole, layers, Share(1, 2), CPU)
+    whole, _layers = described(tiny("llama", tie_word_embeddings=True))
+    shard(whole, Share(1, 2), CPU)
     assert isinstance(whole.head.weight, Tensor)
     assert isinstance(whole.embedding, Tensor)
     half = whole.embedding[len(whole.embedding) // 2 :]
@@ -124,10 +124,10 @@ def test_a_tied_head_is_a_view_of_the_embedding() -> None:
 
 def test_a_rank_holds_its_part_and_no_more() -> None:
     whole, layers = described(tiny("qwen2"))
-    attention_part, mlp = whole.layers[0].attention, whole.layers[0].mlp
+    attention_part, mlp = whole.layers[0].mixer, whole.layers[0].mlp
     assert isinstance(mlp, decoder_spec.MLP)
     before = [x.weight.shape for x in (*attention_part.qkv, attention_part.out, *mlp.gate_up, mlp.down)]
-    own = shard(whole, layers, Share(1, 2), CPU)
+    own = shard(whole, Share(1, 2), CPU)
     after = [x.weight.shape for x in (*attention_part.qkv, attention_part.out, *mlp.gate_up, mlp.down)]
     assert [(a[0] // b[0], a[1] // b[1]) for a, b in zip(before, after, strict=True)] == [
         (2, 1), (2, 1), (2, 1), (1, 2), (2, 1), (2, 1), (1, 2),
@@ -138,11 +138,11 @@ def test_a_rank_holds_its_part_and_no_more() -> None:
 
 def test_biases_of_sums_are_the_first_ranks() -> None:
     for rank in (0, 1):
-        whole, layers = described(tiny("starcoder2"))
-        shard(whole, layers, Share(rank, 2), CPU)
+        whole, _layers = described(tiny("starcoder2"))
+        shard(whole, Share(rank, 2), CPU)
         mlp = whole.layers[0].mlp
         assert isinstance(mlp, decoder_spec.MLP)
-        assert (whole.layers[0].attention.out.bias is None) == (rank == 1)
+        assert (whole.layers[0].mixer.out.bias is None) == (rank == 1)
         assert (mlp.down.bias is None) == (rank == 1)
 
 
