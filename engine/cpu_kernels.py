@@ -14,16 +14,21 @@ from tokenmill.engine.config import Quantization
 from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.kernel_set import (
     Adjustments,
+    Convolve,
+    GatedNormalize,
     Lookup,
     Mixture,
     Product,
+    Recur,
     ReferenceKernels,
     Router,
     Settings,
 )
-from tokenmill.kernels.cpu import attention, elementwise, mixture, sampling
+from tokenmill.kernels.cpu import attention, elementwise, mixture, recurrent, sampling
 from tokenmill.kernels.cpu.linear import PackedLinear
 from tokenmill.kernels.cpu.mixture import PackedMixture
+from tokenmill.kernels.cpu.recurrent import PackedConv, PackedNorm, PackedRule
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
 
@@ -38,6 +43,7 @@ class CpuKernels(ReferenceKernels):
     layer_norm = staticmethod(elementwise.layer_norm)
     activate = staticmethod(elementwise.activate)
     gate_add = staticmethod(elementwise.gate_add)
+    gate_mul = staticmethod(recurrent.gate_mul)
     apply_penalties = staticmethod(sampling.apply_penalties)
     apply_bitmask = staticmethod(sampling.apply_bitmask)
     sample = staticmethod(sampling.sample)
@@ -121,6 +127,24 @@ class CpuKernels(ReferenceKernels):
         return self._mixture(PackedMixture(ups, downs))
 
     def _mixture(self, packed: PackedMixture) -> Mixture:
+        return packed
+
+    def make_conv(self, conv: Conv) -> Convolve:
+        return self._convolve(PackedConv(conv))
+
+    def make_recurrence(self, rule: Rule) -> Recur:
+        return self._recur(PackedRule(rule))
+
+    def make_gated_norm(self, norm: GatedNorm) -> GatedNormalize:
+        return self._gated_normalize(PackedNorm(norm))
+
+    def _convolve(self, packed: PackedConv) -> Convolve:
+        return packed
+
+    def _recur(self, packed: PackedRule) -> Recur:
+        return packed
+
+    def _gated_normalize(self, packed: PackedNorm) -> GatedNormalize:
         return packed
 
     def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:

@@ -19,10 +19,11 @@ from tokenmill.engine.attention import AttentionMetadata
 from tokenmill.engine.cpu_kernels import CpuKernels
 from tokenmill.engine.cpu_products import CpuProduct
 from tokenmill.engine.decoder import Decoder
-from tokenmill.engine.kernel_set import Lookup, Mixture, Router
-from tokenmill.kernels.cpu import elementwise, tape
+from tokenmill.engine.kernel_set import Convolve, GatedNormalize, Lookup, Mixture, Recur, Router
+from tokenmill.kernels.cpu import elementwise, recurrent, tape
 from tokenmill.kernels.cpu.linear import PackedLinear
 from tokenmill.kernels.cpu.mixture import Chooser, PackedMixture
+from tokenmill.kernels.cpu.recurrent import PackedConv, PackedNorm, PackedRule
 from tokenmill.kernels.reference import Routing
 
 
@@ -153,6 +154,36 @@ class TracingKernels(CpuKernels):
 
         return mix
 
+    def _convolve(self, packed: PackedConv) -> Convolve:
+        def convolve(x: Any, state: Tensor, rows: Any) -> Any:
+            if isinstance(x, Traced):
+                return x.on(x.tape.conv(packed, x.value, state))
+            return packed(x, state, rows)
+
+        return convolve
+
+    def _recur(self, packed: PackedRule) -> Recur:
+        def recur(x: Any, gates: Any, state: Tensor, rows: Any) -> Any:
+            if isinstance(x, Traced):
+                return x.on(x.tape.recur(packed, x.value, gates.value, state))
+            return packed(x, gates, state, rows)
+
+        return recur
+
+    def _gated_normalize(self, packed: PackedNorm) -> GatedNormalize:
+        def normalize(x: Any, gate: Any) -> Any:
+            if isinstance(x, Traced):
+                return x.on(x.tape.gated_norm(packed, x.value, gate.value))
+            return packed(x, gate)
+
+        return normalize
+
+    @staticmethod
+    def gate_mul(x: Any, gate: Any) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.gate_mul(x.value, gate.value))
+        return recurrent.gate_mul(x, gate)
+
     @staticmethod
     def rope_store(
         qkv: Any,
@@ -204,7 +235,7 @@ class TapedDecoder:
         if logits_index is None:
             logits_index = torch.arange(len(input_ids))
         lengths = (metadata.block_table, metadata.seq_lens, metadata.query_start)
-        logits = self._tape.run(input_ids, positions, metadata.slots, *lengths, logits_index)
+        logits = self._tape.run(input_ids, positions, metadata.slots, *lengths, logits_index, metadata.lines)
         for change in self._after:
             logits = change(logits)
         return logits if out is None else out.copy_(logits)
@@ -217,7 +248,7 @@ def record(decoder: Decoder, caches: list[tuple[Tensor, Tensor]], dtype: torch.d
     def look_up(layer: int, query: Traced, **options: Any) -> Traced:
         return query.on(recorder.attend(query.value, *caches[layer], **options))
 
-    metadata = SimpleNamespace(caches=caches, slots=None, look_up=look_up)
+    metadata = SimpleNamespace(caches=caches, slots=None, rows=None, look_up=look_up)
     try:
         logits = cast(Any, decoder)(recorder, EVERY_POSITION, metadata, LOGITS_INDEX)
         recorder.seal(logits.value)

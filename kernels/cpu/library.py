@@ -62,6 +62,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     ),
+    "tm_causal_conv": (None, (*(c_void_p,) * 5, c_int)),
+    "tm_recur": (None, (*(c_void_p,) * 6, c_int)),
+    "tm_gated_norm": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_int64, c_int)),
+    "tm_gate_mul": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "tm_run_tape": (None, (c_void_p, c_int64, c_void_p, c_void_p)),
 }
 

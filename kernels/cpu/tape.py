@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.linear import FLOAT32, PackedLinear
 from tokenmill.kernels.cpu.mixture import Chooser, PackedMixture
+from tokenmill.kernels.cpu.recurrent import PackedConv, PackedNorm, PackedRule
 
 MAX_BUFFERS = 8
 TILE_ROWS = TILE_COLUMNS = 32
@@ -41,11 +42,15 @@ KINDS = (
     "gate_add",
     "norm_whole",
     "mixture",
+    "conv",
+    "recur",
+    "gated_norm",
+    "gate_mul",
 )
 ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD, *_REST = range(
     len(KINDS)
 )
-JOIN, GATE, GATE_ADD, NORM_WHOLE, MIXTURE = _REST
+JOIN, GATE, GATE_ADD, NORM_WHOLE, MIXTURE, CONV, RECUR, GATED_NORM, GATE_MUL = _REST
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,7 @@ class StepStruct(ctypes.Structure):
         ("block_table", c_void_p),
         ("seq_lens", c_void_p),
         ("query_start", c_void_p),
+        ("lines", c_void_p),
         ("buffers", c_void_p * MAX_BUFFERS),
         ("type", c_int32),
     )
@@ -147,6 +153,8 @@ class Tape:
         self._ops: list[OpStruct] = []
         self._names: list[str] = []
         self._spent: ctypes.Array[c_int64] | None = None
+        self._carries = False
+        """Whether some layer carries a state, so that steps must say whose."""
         self._held: list[object] = []
         """Tensors and structures that operations point to."""
         self._result: Value | None = None
@@ -240,6 +248,55 @@ class Tape:
             second=chooser.address,
             held=(packed, chooser),
         )
+
+    def conv(self, packed: PackedConv, x: Value, state: Tensor) -> Value:
+        """As PackedConv's call, for the step's sequences."""
+        packed.check_state(state, self.dtype)
+        job = packed.struct(x.width)
+        return self._carry(CONV, packed.channels, x, None, job, packed, state)
+
+    def recur(self, packed: PackedRule, x: Value, gates: Value, state: Tensor) -> Value:
+        """As PackedRule's call, for the step's sequences."""
+        packed.check_state(state)
+        if x.width != packed.width or gates.width != packed.gates or not gates.wide:
+            raise ValueError(f"rows of {x.width} under {gates.width} gates aren't the rule's")
+        return self._carry(RECUR, packed.out_features, x, gates, packed.struct, packed, state)
+
+    def _carry(
+        self,
+        kind: int,
+        width: int,
+        x: Value,
+        other: Value | None,
+        job: ctypes.Structure,
+        packed: object,
+        state: Tensor,
+    ) -> Value:
+        if x.picked:
+            raise ValueError("states go on over all of a step's tokens")
+        self._carries = True
+        return self._record(
+            *(kind, width, x, None, other),
+            job=ctypes.addressof(job),
+            second=state.data_ptr(),
+            held=(packed, state),
+        )
+
+    def gated_norm(self, packed: PackedNorm, x: Value, gate: Value) -> Value:
+        """As PackedNorm's call."""
+        packed.check_width(x.width, gate.width)
+        return self._record(
+            *(GATED_NORM, x.width, x, None, gate),
+            job=ctypes.addressof(packed.struct),
+            left=gate.width,
+            held=packed,
+        )
+
+    def gate_mul(self, x: Value, gate: Value) -> Value:
+        """As recurrent.gate_mul."""
+        if x.width != gate.width:
+            raise ValueError(f"rows of {x.width} can't be gated by {gate.width}")
+        return self._record(GATE_MUL, x.width, x, None, gate)
 
     def scale_add(self, x: Value, scale: float, residual: Value | None = None) -> Value:
         """scale * x (+ residual)."""
@@ -442,9 +499,11 @@ class Tape:
         seq_lens: Tensor,
         query_start: Tensor,
         logits_index: Tensor,
+        lines: Tensor | None = None,
     ) -> Tensor:
         """One step: `ids`, `positions`, `slots` [T] int64, `block_table` [R, P], `seq_lens` [R], `query_start`
-        [R + 1] int32, `logits_index` [N] int64. Returns the sealed value's rows, a tensor of its own."""
+        [R + 1] int32, `logits_index` [N] int64, and where layers carry states `lines` [R] int64. Returns the sealed
+        value's rows, a tensor of its own."""
         if self._sealed is None or self._result is None:
             raise ValueError("the tape isn't sealed")
         tokens, sequences, picked = ids.shape[0], seq_lens.shape[0], logits_index.shape[0]
@@ -454,6 +513,10 @@ class Tape:
         check(block_table, "block_table", (sequences, block_table.shape[1]), torch.int32)
         check(seq_lens, "seq_lens", (sequences,), torch.int32)
         check(query_start, "query_start", (sequences + 1,), torch.int32)
+        if lines is not None:
+            check(lines, "lines", (sequences,), torch.int64)
+        elif self._carries:
+            raise ValueError("the step doesn't say whose states it continues")
         rows = picked if self._result.picked else tokens
         result = torch.empty(rows, self._result.width, dtype=self.dtype)
         step = StepStruct(
@@ -468,6 +531,7 @@ class Tape:
             block_table=block_table.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
             query_start=query_start.data_ptr(),
+            lines=_address(lines),
             type=self._type,
         )
         for number, memory in enumerate(self._buffers(max(tokens, picked))):

@@ -12,6 +12,7 @@ from checkpoints import eager_model, load, texts, tiny
 
 from tokenmill.engine import LLM, SamplingParams, attention, guards
 from tokenmill.engine.attention import StateSpec
+from tokenmill.engine.cpu_tape import TapedDecoder
 from tokenmill.engine.decoder import Decoder
 from tokenmill.engine.decoder_spec import Attention, Recurrent
 from tokenmill.engine.describe import describe, kept_by
@@ -85,7 +86,9 @@ def test_greedy_text_is_transformers_in_one_batch_in_chunks_and_overlapped(
 ) -> None:
     monkeypatch.setenv("TOKENMILL_KERNELS", kernels)
     llm = engine_of(model_type)
-    assert llm.engine.runner.forward.name == f"fused decoder, {kernels} kernels"
+    forward: Any = llm.engine.runner.forward
+    assert forward.name == f"fused decoder, {kernels} kernels"
+    assert isinstance(forward._logits, TapedDecoder) == (kernels == "cpu")
     ids = prompts()
     found = tokens_of(llm, ids)
     require_greedy(model_type, ids, found)

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "mixture.h"
 #include "packed.h"
+#include "recurrent.h"
 #include "rope.h"
 #include "threads.h"
 #include "tiled.h"
@@ -35,10 +36,14 @@ enum Kind : int32_t {
   kGateAdd,    // output = input * sigmoid(other) (+ residual)
   kNormWhole,  // output = [q | k | v] with norms over q and over k
   kMixture,    // output = experts of input, chosen by the router logits `other` (+ residual)
+  kConv,       // output = convolution of input; `second` is the layer's state
+  kRecur,      // output = what the states bring for input under the gates `other`; `second` is the state
+  kGatedNorm,  // output = norm of input under the last columns of `other`
+  kGateMul,    // output = input * sigmoid(other)
 };
 
-// tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, a Mixture, or a
-// weight.
+// tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, a Mixture, one of
+// recurrent.h, or a weight.
 struct Op {
   int32_t kind;
   int32_t input;     // buffers by number; -1: none
@@ -53,7 +58,7 @@ struct Op {
   float eps;
   float factor;      // norms: what is added to the weight; kScaleAdd: the scale
   int64_t size;      // elements of a row of output
-  int64_t left;      // kJoin: elements of a row of input; kNormWhole: of q
+  int64_t left;      // kJoin: elements of a row of input; kNormWhole: of q; kGatedNorm: of other
   int64_t middle;    // kNormWhole: elements of k
   const void* job;
   const void* second;  // kLayerNorm: the bias; kNormWhole: the weight of k; kMixture: the Routing
@@ -71,6 +76,7 @@ struct Step {
   const int32_t* block_table;
   const int32_t* seq_lens;
   const int32_t* query_start;
+  const int64_t* lines;  // whose states the sequences continue
   void* buffers[kBuffers];
   int32_t type;
 };
@@ -112,6 +118,11 @@ TM_API void tm_gate_add(const void*, const void*, const void*, void*, int64_t, i
 TM_API void tm_route(const tokenmill::Routing*, const float*, const int64_t*, int64_t, int32_t*, float*);
 TM_API void tm_mixture(const tokenmill::Mixture*, const void*, int, int64_t, const int32_t*, const float*, int64_t,
                        const void*, void*);
+TM_API void tm_causal_conv(const tokenmill::Conv*, const tokenmill::Sequences*, const void*, void*, void*, int);
+TM_API void tm_recur(const tokenmill::Recurrence*, const tokenmill::Sequences*, const void*, const float*, float*,
+                     void*, int);
+TM_API void tm_gated_norm(const tokenmill::GatedNorm*, const void*, const void*, void*, int64_t, int64_t, int64_t, int);
+TM_API void tm_gate_mul(const void*, const void*, void*, int64_t, int);
 
 namespace tokenmill {
 namespace {
@@ -155,6 +166,7 @@ void run(const Op& op, const Step& step) {
   const void* residual = op.residual < 0 ? nullptr : step.buffers[op.residual];
   const void* other = op.other < 0 ? nullptr : step.buffers[op.other];
   void* out = step.buffers[op.output];
+  const Sequences sequences{step.lines, step.seq_lens, step.query_start, step.sequences};
   const bool tiles = step.type == kTypeBf16 && tiles_rows(rows), tiled = tiles && op.tiled;
   switch (op.kind) {
     case kRows:
@@ -188,6 +200,15 @@ void run(const Op& op, const Step& step) {
       return tm_gate_add(in, other, residual, out, rows, op.size, step.type);
     case kMixture:
       return mix(op, step, in, other, residual, out);
+    case kConv:
+      return tm_causal_conv(static_cast<const Conv*>(op.job), &sequences, in, const_cast<void*>(op.second), out, step.type);
+    case kRecur:
+      return tm_recur(static_cast<const Recurrence*>(op.job), &sequences, in, static_cast<const float*>(other),
+                      static_cast<float*>(const_cast<void*>(op.second)), out, step.type);
+    case kGatedNorm:
+      return tm_gated_norm(static_cast<const GatedNorm*>(op.job), in, other, out, rows, op.size, op.left, step.type);
+    case kGateMul:
+      return tm_gate_mul(in, other, out, rows * op.size, step.type);
     case kScaleAdd:
       return with_type(step.type, [&](auto t) {
         using T = decltype(t);
