@@ -11,7 +11,8 @@ namespace tokenmill {
 namespace {
 
 constexpr int64_t kChannels = 256;  // of a convolution, that a task takes
-constexpr int64_t kColumns = 64;    // of a state, that one takes: with 128 keys they fit into the nearest cache
+constexpr int64_t kColumns = 64;    // of a state, that are gone through together: with 128 keys the nearest cache holds them
+constexpr int64_t kGroup = 8;       // tokens that are made ready for a head at once
 constexpr int64_t kMaxTaps = 8;
 constexpr int64_t kWork = 16384;    // elements for which a task is worth its handing over
 constexpr float kNormEps = 1e-6f;
@@ -27,38 +28,50 @@ Span span(const Sequences& rows, int64_t r) {
   return {first, last, rows.seq_lens[r] == last - first};
 }
 
-template <class T>
-F rounded(F x) {
-  if constexpr (sizeof(T) == 4) return x;
-  T part[kLanes];
-  store(part, x);
-  return load(part);
-}
+template <int N>
+struct Vectors {
+  static constexpr int value = N;
+};
 
-// Up to 16 channels from c on of one sequence's tokens.
+// Channels c to c + size of one sequence's tokens. What was convolved last is read where it lies: in the state, in x, or
+// where the products of two inputs were put.
 template <class T>
-void convolve(const Conv& job, const Sequences& rows, int64_t r, int64_t c, int64_t n, const T* x, T* state, T* out) {
+void convolve(const Conv& job, const Sequences& rows, int64_t r, int64_t c, int64_t size, const T* x, T* state,
+              T* out) {
   const Span tokens = span(rows, r);
   if (tokens.first == tokens.last) return;
   const int64_t channels = job.channels, kept = job.taps - 1;
+  T* products = scratch<T>(kRows, (job.taps + 1) * kChannels);
+  T* zeros = products + job.taps * kChannels;
+  std::memset(zeros, 0, kChannels * sizeof(T));
   T* own = state + rows.lines[r] * kept * channels + c;
-  F past[kMaxTaps], weight[kMaxTaps];
-  for (int64_t k = 0; k < kept; ++k) past[k] = tokens.fresh ? F{} : load_up_to(own + k * channels, n);
-  for (int64_t k = 0; k <= kept; ++k) weight[k] = load_up_to(job.weight + k * channels + c, n);
-  const F bias = job.bias ? load_up_to(job.bias + c, n) : F{};
+  const T* past[kMaxTaps];
+  for (int64_t k = 0; k < kept; ++k) past[k] = tokens.fresh ? zeros : own + k * channels;
   for (int64_t t = tokens.first; t < tokens.last; ++t) {
     const T* row = x + t * job.width + c;
-    F now = load_up_to(row, n);
-    if (job.gated) now = rounded<T>(now * load_up_to(row + 2 * channels, n));
-    F sum = bias;
-    for (int64_t k = 0; k < kept; ++k) sum = fma(past[k], weight[k], sum);
-    sum = activate<T>(fma(now, weight[kept], sum), job.activation);
-    if (job.gated) sum = sum * load_up_to(row + channels, n);
-    store_up_to(out + t * channels + c, sum, n);
+    const T* now = row;
+    if (job.gated) {
+      T* product = products + t % job.taps * kChannels;
+      for_lanes(size, [&](int64_t i, int64_t n) {
+        store_up_to(product + i, load_up_to(row + i, n) * load_up_to(row + 2 * channels + i, n), n);
+      });
+      now = product;
+    }
+    for_lanes(size, [&](int64_t i, int64_t n) {
+      F sum = job.bias ? load_up_to(job.bias + c + i, n) : F{};
+      const float* weight = job.weight + c + i;
+      for (int64_t k = 0; k < kept; ++k, weight += channels) {
+        sum = fma(load_up_to(past[k] + i, n), load_up_to(weight, n), sum);
+      }
+      sum = activate<T>(fma(load_up_to(now + i, n), load_up_to(weight, n), sum), job.activation);
+      if (job.gated) sum = sum * load_up_to(row + channels + i, n);
+      store_up_to(out + t * channels + c + i, sum, n);
+    });
     for (int64_t k = 0; k + 1 < kept; ++k) past[k] = past[k + 1];
     past[kept - 1] = now;
   }
-  for (int64_t k = 0; k < kept; ++k) store_up_to(own + k * channels, past[k], n);
+  // A row of the state never goes to a later one: none is overwritten before it was read.
+  for (int64_t k = 0; k < kept; ++k) std::memmove(own + k * channels, past[k], static_cast<size_t>(size) * sizeof(T));
 }
 
 template <class T>
@@ -106,35 +119,29 @@ Token prepare(const Recurrence& job, const T* row, const float* gate, int64_t h,
   return {std::exp(job.rate[h] * step), share, dot(query, key, size)};
 }
 
-// V vectors of a state's columns; `n`: how many of their lanes exist, where the only one isn't whole.
+// V vectors of a state's columns from `first` on; `n`: how many of their lanes exist, where the only one isn't whole.
 template <int V>
-struct Columns {
-  float* first;
-  int64_t stride;
-  int64_t n;
+TM_INLINE F column(const float* first, int v, int64_t n) {
+  return V == 1 ? load_up_to(first, n) : load(first + v * kLanes);
+}
 
-  TM_INLINE F at(int64_t i, int v) const {
-    const float* from = first + i * stride + v * kLanes;
-    return V == 1 ? load_up_to(from, n) : load(from);
-  }
+template <int V>
+TM_INLINE void put_column(float* first, int v, int64_t n, F x) {
+  V == 1 ? store_up_to(first, x, n) : store(first + v * kLanes, x);
+}
 
-  TM_INLINE void put(int64_t i, int v, F x) const {
-    float* to = first + i * stride + v * kLanes;
-    V == 1 ? store_up_to(to, x, n) : store(to, x);
-  }
-};
-
-// One token: reads `columns` twice and writes them once. Its output comes from what they were and what is added.
+// One token: reads V vectors of all rows twice and writes them once. Its output comes from what they were and what is
+// added.
 template <class T, int V>
-void take(const Recurrence& job, const Columns<V>& columns, const Token& token, const float* query, const float* key,
-          const T* value, float skip, T* out) {
-  const int64_t n = columns.n;
+void take(const Recurrence& job, float* state, int64_t stride, int64_t n, const Token& token, const float* query,
+          const float* key, const T* value, float skip, T* out) {
+  const int64_t size = job.key_size;
   F held[V] = {}, seen[V] = {}, taken[V];
-  for (int64_t i = 0; i < job.key_size; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const F k = splat(key[i]), q = splat(query[i]);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const F s = columns.at(i, v);
+      const F s = column<V>(state + i * stride, v, n);
       held[v] = fma(k, s, held[v]);
       seen[v] = fma(q, s, seen[v]);
     }
@@ -148,40 +155,71 @@ void take(const Recurrence& job, const Columns<V>& columns, const Token& token, 
     if (job.skip) read = fma(splat(skip), x, read);
     store_up_to(out + v * kLanes, read, V == 1 ? n : kLanes);
   }
-  for (int64_t i = 0; i < job.key_size; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const F k = splat(key[i]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) columns.put(i, v, fma(k, taken[v], decay * columns.at(i, v)));
+    for (int v = 0; v < V; ++v) {
+      put_column<V>(state + i * stride, v, n, fma(k, taken[v], decay * column<V>(state + i * stride, v, n)));
+    }
   }
 }
 
-// Columns e to e + n of one head over a sequence's tokens. Many tokens work on a copy whose rows lie side by side.
-template <class T, int V>
-void recur_columns(const Recurrence& job, const Sequences& rows, int64_t r, int64_t h, int64_t e, int64_t n,
-                   const T* x, const float* gates, float* state, T* out) {
+// Calls body(V, e, n) for each block of columns: V vectors from e on, of which n lanes exist.
+template <class Body>
+void for_columns(int64_t values, const Body& body) {
+  int64_t e = 0;
+  for (; e + kColumns <= values; e += kColumns) body(Vectors<kColumns / kLanes>{}, e, kColumns);
+  for (; e < values; e += kLanes) body(Vectors<1>{}, e, std::min<int64_t>(kLanes, values - e));
+}
+
+// One head over a sequence's tokens. Many work on a copy in which the rows of a block of columns lie side by side, so
+// that the nearest cache holds it; a group of them is made ready at once for all blocks.
+template <class T>
+void recur_head(const Recurrence& job, const Sequences& rows, int64_t r, int64_t h, const T* x, const float* gates,
+                float* state, T* out) {
   const Span tokens = span(rows, r);
-  const int64_t keys = job.key_size, values = job.value_size, block = V * kLanes;
-  float* copy = scratch<float>(kPanel, keys * block + 2 * (keys + kLanes));
-  float *query = copy + keys * block, *key = query + keys + kLanes;
-  const Columns<V> own{state + (rows.lines[r] * job.heads + h) * keys * values + e, values, n}, near{copy, block, n};
+  if (tokens.first == tokens.last) return;
+  const int64_t keys = job.key_size, values = job.value_size, width = job.width(), outputs = job.heads * values;
+  const int64_t pitch = keys + kLanes, room = (values + kLanes) * keys;
   const bool apart = tokens.fresh || tokens.last - tokens.first > 1;
-  if (apart) {
-    for (int64_t i = 0; i < keys; ++i) {
-      for (int v = 0; v < V; ++v) near.put(i, v, tokens.fresh ? F{} : own.at(i, v));
+  float* own = state + (rows.lines[r] * job.heads + h) * keys * values;
+  float* copy = scratch<float>(kPanel, (apart ? room : 0) + 2 * kGroup * pitch);
+  float *query = copy + (apart ? room : 0), *key = query + kGroup * pitch;
+  const auto exchange = [&](bool back) {
+    for_columns(values, [&](auto count, int64_t e, int64_t n) {
+      constexpr int V = decltype(count)::value;
+      for (int64_t i = 0; i < keys; ++i) {
+        float *far = own + i * values + e, *near = copy + e * keys + i * V * kLanes;
+        for (int v = 0; v < V; ++v) {
+          if (back) {
+            put_column<V>(far, v, n, column<V>(near, v, n));
+          } else {
+            put_column<V>(near, v, n, tokens.fresh ? F{} : column<V>(far, v, n));
+          }
+        }
+      }
+    });
+  };
+  if (apart) exchange(false);
+  for (int64_t first = tokens.first; first < tokens.last; first += kGroup) {
+    const int64_t last = std::min(first + kGroup, tokens.last);
+    Token ready[kGroup];
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t g = t - first;
+      ready[g] = prepare(job, x + t * width, gates + t * job.gates(), h, query + g * pitch, key + g * pitch);
     }
+    for_columns(values, [&](auto count, int64_t e, int64_t n) {
+      constexpr int V = decltype(count)::value;
+      const int64_t at = h * values + e;
+      for (int64_t t = first; t < last; ++t) {
+        const int64_t g = t - first;
+        take<T, V>(job, apart ? copy + e * keys : own + e, apart ? V * kLanes : values, n, ready[g], query + g * pitch,
+                   key + g * pitch, x + t * width + width - outputs + at, job.skip ? job.skip[h] : 0.0f,
+                   out + t * outputs + at);
+      }
+    });
   }
-  const int64_t width = job.width(), at = h * values + e;
-  for (int64_t t = tokens.first; t < tokens.last; ++t) {
-    const T* row = x + t * width;
-    const Token token = prepare(job, row, gates + t * job.gates(), h, query, key);
-    take<T, V>(job, apart ? near : own, token, query, key, row + width - job.heads * values + at,
-               job.skip ? job.skip[h] : 0.0f, out + t * job.heads * values + at);
-  }
-  if (apart) {
-    for (int64_t i = 0; i < keys; ++i) {
-      for (int v = 0; v < V; ++v) own.put(i, v, near.at(i, v));
-    }
-  }
+  if (apart) exchange(true);
 }
 
 template <class T>
@@ -220,10 +258,8 @@ TM_API void tm_causal_conv(const tokenmill::Conv* job, const tokenmill::Sequence
     parallel_ranges(rows->count * blocks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t first = piece % blocks * kChannels, last = std::min(first + kChannels, job->channels);
-        for (int64_t c = first; c < last; c += kLanes) {
-          convolve(*job, *rows, piece / blocks, c, last - c, static_cast<const T*>(x), static_cast<T*>(state),
-                   static_cast<T*>(out));
-        }
+        convolve(*job, *rows, piece / blocks, first, last - first, static_cast<const T*>(x), static_cast<T*>(state),
+                 static_cast<T*>(out));
       }
     });
   });
@@ -235,19 +271,9 @@ TM_API void tm_recur(const tokenmill::Recurrence* job, const tokenmill::Sequence
   using namespace tokenmill;
   with_type(type, [&](auto element) {
     using T = decltype(element);
-    const T* from = static_cast<const T*>(x);
-    T* to = static_cast<T*>(out);
-    const int64_t values = job->value_size, blocks = (values + kColumns - 1) / kColumns;
-    parallel_for(rows->count * job->heads * blocks, [&](int64_t piece) {
-      const int64_t r = piece / blocks / job->heads, h = piece / blocks % job->heads, e = piece % blocks * kColumns;
-      const int64_t n = std::min(kColumns, values - e);
-      if (n == kColumns) {
-        recur_columns<T, 4>(*job, *rows, r, h, e, n, from, gates, state, to);
-        return;
-      }
-      for (int64_t c = 0; c < n; c += kLanes) {
-        recur_columns<T, 1>(*job, *rows, r, h, e + c, n - c, from, gates, state, to);
-      }
+    parallel_for(rows->count * job->heads, [&](int64_t piece) {
+      recur_head(*job, *rows, piece / job->heads, piece % job->heads, static_cast<const T*>(x), gates, state,
+                 static_cast<T*>(out));
     });
   });
 }
