@@ -29,10 +29,16 @@ ContentKey = tuple[ContentName, tuple[int, ...]]
 
 @dataclass(slots=True)
 class Prefix:
-    """Blocks found for the beginning of a prompt, and the name that the next one continues."""
+    """Blocks found for the beginning of a prompt, the name of each's content, and what the next one continues."""
 
     name: ContentName
     blocks: list[int] = field(default_factory=list)
+    names: list[ContentName] = field(default_factory=list)
+
+    def cut(self, salt: str, count: int) -> Prefix:
+        """The first `count` blocks."""
+        names = self.names[:count]
+        return Prefix(names[-1] if names else salt, self.blocks[:count], names)
 
 
 class BlockPool:
@@ -86,6 +92,7 @@ class BlockPool:
                 break
             prefix.blocks.append(block)
             prefix.name = self._content_of[block][1]
+            prefix.names.append(prefix.name)
         return prefix
 
     def allocate(self, amount: int, shared: Sequence[int] = ()) -> list[int] | None:

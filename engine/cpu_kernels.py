@@ -129,6 +129,12 @@ class CpuKernels(ReferenceKernels):
     def _mixture(self, packed: PackedMixture) -> Mixture:
         return packed
 
+    @staticmethod
+    def copy_states(state: Tensor, source: Tensor, target: Tensor) -> None:
+        """Whole rows of memory, which indexing would move element by element."""
+        for line, other in zip(source.tolist(), target.tolist(), strict=True):
+            state[other].copy_(state[line])
+
     def make_conv(self, conv: Conv) -> Convolve:
         return self._convolve(PackedConv(conv))
 

@@ -30,6 +30,7 @@ from tokenmill.engine.rank_link import RanksLost
 from tokenmill.engine.request import make_sequences
 from tokenmill.engine.sampling_params import random_seed
 from tokenmill.engine.scheduler import Scheduler, Step
+from tokenmill.engine.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from tokenmill.engine.team import Team
@@ -116,13 +117,16 @@ class Engine:
     def _make_scheduler(self, on_gpu: bool) -> Scheduler:
         config, forward = self.config, self.runner.forward
         step_tokens = config.max_batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
+        copies = forward.capacity.snapshots
+        resumes = forward.shares_prefixes or copies > 0
         return Scheduler(
             self.pool,
             max_batch=config.max_batch,
             max_batch_tokens=step_tokens if forward.splits_prompts else forward.capacity.tokens,
             quiet_tokens=0 if on_gpu or config.max_batch_tokens else CPU_QUIET_TOKENS,
             score_tokens=self.runner.score_tokens,
-            prefix_cache=config.kv_cache.prefix_cache and forward.shares_prefixes,
+            prefix_cache=config.kv_cache.prefix_cache and resumes,
+            states=Snapshots(config.max_batch + 1, copies) if copies else None,
             draft_rows=(GPU_DRAFT_ROWS if on_gpu else CPU_DRAFT_ROWS) if forward.shares_prefixes else 0,
         )
 

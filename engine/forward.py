@@ -45,6 +45,8 @@ class Capacity:
     bytes_per_token: float
     history: int | None = None
     """Free blocks whose contents are kept before blocks are taken whose memory was never used; None: no limit."""
+    snapshots: int = 0
+    """Copies of states that there is room for, in the lines behind those of `max_batch` sequences and of nobody."""
 
     @property
     def tokens(self) -> int:
@@ -95,9 +97,12 @@ class PagedForward:
             block_size=self._block_size,
             dtype=dtype,
             device=model.device,
-            sequences=config.max_batch,
             state_dtype=model.dtype,
         )
+        snapshots = kv_cache.count_snapshots(
+            config, layers, model.dtype, model.device, model.size.weight_bytes
+        )
+        make_cache = partial(make_cache, sequences=config.max_batch + snapshots)
         self._cache = make_cache(num_blocks=PROFILE_BLOCKS)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
         self._cache = kv_cache.KVCache([])
@@ -105,7 +110,7 @@ class PagedForward:
         token_bytes = kv_cache.block_bytes(layers, 1, dtype) * config.tensor_parallel
         block_bytes = token_bytes * self._block_size
         history = kv_cache.history(config, model.device, block_bytes, model.size.weight_bytes)
-        self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history)
+        self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history, snapshots)
         self._cache = make_cache(num_blocks=num_blocks)
         self._touches = self._cache.touches()
         self._speed_up(dtype)

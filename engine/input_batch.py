@@ -73,7 +73,8 @@ class StepInputs:
     chunk_rows: Tensor  # [R] int64: the chunks' sequences' slots
     constrained: bool  # whether some sampler follows a grammar
     plain: bool = False  # whether nothing but temperatures tells how the samplers draw
-    forks: tuple[Tensor, Tensor] | None = None  # (source, target) slots
+    restores: tuple[Tensor, Tensor] | None = None  # (source, target) lines of states, before the pass
+    leavings: tuple[Tensor, Tensor] | None = None  # the same after it: for children and snapshots
     bucket: int = 0  # rows of the captured graph that runs this step; 0: none does
     host: tuple[NDArray[Any], ...] = ()
     """Of an uncaptured step: `input_ids` to `logits_index` on the host, for other ranks (rank_link.py)."""
@@ -178,8 +179,12 @@ class InputBatch:
             ids, positions, slots, table, (starts + counts).astype(np.int32), query_start.astype(np.int32),
             np.concatenate([scored_rows, last]), targets, rows, *self._settings(rows, generated), chunk_rows,
         ]  # fmt: skip
-        put = self.staging.put([*arrays, *carried, *pairs(step.forks), *pairs(step.copies)])
-        common, extra = put[: len(arrays)], put[len(arrays) :]
+        moves = [step.restores, [*step.forks, *step.saves], step.copies]
+        put = self.staging.put([*arrays, *carried, *(line for move in moves for line in pairs(move))])
+        common, extra = put[: len(arrays)], iter(put[len(arrays) :])
+        carried_tensors, restores, leavings, copies = (
+            (next(extra), next(extra)) if there else None for there in (carried, *moves)
+        )
         return StepInputs(
             input_ids=common[0],
             positions=common[1],
@@ -189,7 +194,7 @@ class InputBatch:
             query_start=common[5],
             logits_index=common[6],
             decodes=int(np.count_nonzero(counts == 1)),
-            carried=(extra[0], extra[1]) if carried else None,
+            carried=carried_tensors,
             scored=scored,
             targets=common[7],
             samplers=samplers,
@@ -197,9 +202,10 @@ class InputBatch:
             generated=generated,
             lines=common[8],
             settings=(common[9], common[10], common[11], common[12], common[13], common[14]),
-            copies=(extra[-2], extra[-1]) if step.copies else None,
+            copies=copies,
             chunk_rows=common[15],
-            forks=(extra[len(carried)], extra[len(carried) + 1]) if step.forks else None,
+            restores=restores,
+            leavings=leavings,
             constrained=any(row.sequence.matcher is not None for row in samplers),
             host=tuple(arrays[:7]),
         )
@@ -207,7 +213,7 @@ class InputBatch:
     def _prepare_repeated(self, step: Step) -> StepInputs | None:
         """`prepare` for a step of known tokens, one a sequence, each of which draws; None for others."""
         chunks = step.chunks
-        if step.copies or not chunks:
+        if step.copies or step.saves or not chunks:
             return None
         tokens: list[int] = []
         samplers: list[SampleRow] = []

@@ -6,7 +6,7 @@ Block 0 belongs to nobody: what is computed for no request may be written there.
 
     a layer that carries a state:  conv [N + 1, K - 1, C]   state [N + 1, H, D, E] float32
 
-Sequences have one each, under the number of their slot; the last one is nobody's.
+Sequences have one each, under the number of their slot; the one behind them is nobody's, and copies follow.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tokenmill.kernels.cpu import memory
 CPU_GIB = 1.0
 TOUCHED_BYTES = 128 * 2**20
 """Of a CPU's cache that are made ready before they are needed; the rest is taken as it is used."""
+GPU_SNAPSHOTS = 0.05
+"""Of a GPU's free memory that copies of states may take, at most four for each sequence."""
 HISTORY_BYTES = 128 * 2**20
 """Of a CPU's cache that contents of ended requests may take before they are overwritten; more for a large model."""
 
@@ -78,6 +80,8 @@ def count_blocks(
         free, _ = torch.cuda.mem_get_info(device)
         available = free * config.kv_cache.memory_share - activations
         available -= (config.max_batch + 1) * state_bytes(layers, dtype)
+        if config.kv_cache.prefix_cache:
+            available -= GPU_SNAPSHOTS * free
     else:
         available = (CPU_GIB if gib is None else gib) * 2**30 / config.tensor_parallel
     useful = config.max_batch * -(-max_context // block_size)
@@ -88,6 +92,20 @@ def count_blocks(
             f"{available / 2**20:.1f} MiB are to be had; lower max_batch or max_batch_tokens, or raise kv_cache.gib"
         )
     return blocks
+
+
+def count_snapshots(
+    config: EngineConfig, layers: list[Kept], dtype: torch.dtype, device: torch.device, weight_bytes: float
+) -> int:
+    """How many copies of sequences' states to have room for; on a CPU they take memory as they are made."""
+    each = state_bytes(layers, dtype)
+    if not each or not config.kv_cache.prefix_cache:
+        return 0
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] * GPU_SNAPSHOTS
+    else:
+        room = max(HISTORY_BYTES, weight_bytes / 2)
+    return min(int(room // each), 4 * config.max_batch)
 
 
 def history(

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cuda_graph import Capture, CudaCapture, DecodeGraphs, StaticRows, draw_settings
 from tokenmill.engine.forward import Forward, PagedForward, build_forward
-from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs
+from tokenmill.engine.input_batch import InputBatch, ScoredPart, StepInputs, pairs
 from tokenmill.engine.kernel_choice import configured_kernels
 from tokenmill.engine.kernel_set import Adjustments, Penalties, ReferenceKernels
 from tokenmill.engine.loader import LoadedModel
@@ -218,13 +218,14 @@ class ModelRunner:
             },
         )
         arrays: list[NDArray[Any]] = list(decode.known or ())
-        if rows.needs_table(batch.version, slots):
-            arrays.append(decode.table)
-        put = batch.staging.put(arrays) if arrays else []
+        table, saves = rows.needs_table(batch.version, slots), pairs(step.saves)
+        arrays += [decode.table] if table else []
+        put = batch.staging.put([*arrays, *saves]) if arrays or saves else []
+        leavings = (put[-2], put[-1]) if saves else None
         if decode.known is not None:
             self.sampler.last_tokens.index_copy_(0, put[0], put[1])
-        if len(put) % 2:
-            rows.set_table(put[-1])
+        if table:
+            rows.set_table(put[len(arrays) - 1])
         fields = rows.first(count)
         return StepInputs(
             input_ids=fields["rows"],
@@ -247,20 +248,26 @@ class ModelRunner:
             chunk_rows=fields["rows"],
             constrained=any(row.sequence.matcher is not None for row in decode.samplers),
             bucket=bucket,
+            leavings=leavings,
         )
 
     def _forward(self, step: Step, inputs: StepInputs) -> Tensor:
         if inputs.bucket:
             assert self.graphs is not None
-            return self.graphs.run(inputs.bucket)[: len(inputs.rows)]
+            logits = self.graphs.run(inputs.bucket)[: len(inputs.rows)]
+            if inputs.leavings is not None:
+                self.forward.copy_states(*inputs.leavings)
+            return logits
+        if inputs.restores is not None:
+            self.forward.copy_states(*inputs.restores)
         if inputs.carried is not None:
             places, rows = inputs.carried
             inputs.input_ids[places] = self.sampler.last_tokens[rows]
         logits = self.forward(step, inputs)
         if inputs.copies is not None:
             self.forward.copy_blocks(*inputs.copies)
-        if inputs.forks is not None:
-            self.forward.copy_states(*inputs.forks)
+        if inputs.leavings is not None:
+            self.forward.copy_states(*inputs.leavings)
         return logits
 
     def _draw(self, run: Run) -> Sampled:

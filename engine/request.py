@@ -46,6 +46,12 @@ class Sequence:
     """Leading blocks whose content is named in the pool."""
     content: ContentName = ""
     """Name of the last committed block's content; the salt while there is none."""
+    shared_until: int = 0
+    """How many of its first tokens another request had too, where no copy of a state was to be found."""
+    saves: list[tuple[int, int]] = field(default_factory=list)
+    """Copies of its state that aren't known by name yet: (tokens that it follows, line)."""
+    trail: ContentName | None = None
+    """Name of the last copy of its state that was made along its output."""
     slot: int = -1
     """Row of the runner's persistent state while running."""
     children: list[Sequence] = field(default_factory=list)

@@ -15,9 +15,11 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, field
 
-from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine import snapshots
+from tokenmill.engine.block_pool import BlockPool, Prefix
 from tokenmill.engine.messages import FinishReason
 from tokenmill.engine.request import Sequence, Status
+from tokenmill.engine.snapshots import Snapshots
 
 
 @dataclass(slots=True)
@@ -40,12 +42,15 @@ class Chunk:
 class Step:
     """One step's work. `copies` are (source, target) blocks to copy after the forward pass (forks).
 
-    `forks` are the slots of those sequences: (of the one that was computed, of its child).
+    States are copied from line to line, a running sequence's being its slot: `restores` before the pass, from a
+    snapshot; after it `forks`, to a child's, and `saves`, to a snapshot.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    restores: list[tuple[int, int]] = field(default_factory=list)
     forks: list[tuple[int, int]] = field(default_factory=list)
+    saves: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     """Sequences that got their slot in this step: their persistent rows must be written."""
@@ -70,11 +75,13 @@ class Scheduler:
         prefix_cache: bool,
         draft_rows: int = 0,
         quiet_tokens: int = 0,
+        states: Snapshots | None = None,
     ) -> None:
         """`score_tokens`: most prompt positions a step that are scored, so that logits stay bounded.
 
         `quiet_tokens`: the budget of a step without decodes, where it is larger: nobody's next token waits for it.
         `draft_rows`: decode rows up to which a row more costs next to nothing, so that drafts may use them.
+        `states`: where layers carry states, the copies by which alone a prefix can be taken up again.
         """
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
@@ -82,6 +89,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.draft_rows = draft_rows
         self.quiet_tokens = quiet_tokens
+        self.states = states
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.suspects: list[Sequence] = []
@@ -155,6 +163,8 @@ class Scheduler:
         chunk = Chunk(sequence, sequence.num_computed, 1 + len(drafts), [sequence], drafts)
         step.chunks.append(chunk)
         sequence.num_computed += chunk.count
+        if self.states is not None and sequence.num_computed % self.pool.block_size == 0:
+            self._save(sequence, step)
         sequence.pending += 1
         sequence.verifying = bool(drafts)
         return chunk.count
@@ -207,6 +217,8 @@ class Scheduler:
         count = min(sequence.uncomputed, budget)
         if sequence.scores_prompt:
             count = min(count, self.score_tokens - step.scored)
+        if self.states is not None and (point := self._next_point(sequence)):
+            count = min(count, point - sequence.num_computed)
         return count
 
     def _add_chunk(self, step: Step, sequence: Sequence, count: int) -> int:
@@ -216,7 +228,10 @@ class Scheduler:
             step.scored += count
         chunk = Chunk(sequence, sequence.num_computed, count)
         step.chunks.append(chunk)
+        point = self._next_point(sequence) if self.states is not None else 0
         sequence.num_computed += count
+        if point == sequence.num_computed > 0:
+            self._save(sequence, step)
         if sequence.uncomputed == 0:
             chunk.samplers = [sequence, *self._fork(sequence, step)] if sequence.wants_token else []
             for sampler in chunk.samplers:
@@ -232,6 +247,9 @@ class Scheduler:
             prefix = self.pool.match(sequence.tokens(0, sequence.num_tokens), salt)
         else:
             prefix = self.pool.match((), salt)
+        line = None
+        if self.states is not None:
+            prefix, line = self._resumable(sequence, prefix, self.states)
         needed = self.pool.blocks_for(sequence.num_tokens) - len(prefix.blocks)
         spare = len(self.running)
         free = self.pool.free_blocks
@@ -248,6 +266,8 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
         self._run(sequence, step)
+        if line is not None:
+            step.restores.append((line, sequence.slot))
         return True
 
     def _run(self, sequence: Sequence, step: Step) -> None:
@@ -279,6 +299,48 @@ class Scheduler:
             forked.append(child)
         return forked
 
+    # ---------------------------------------------------------------- states
+
+    def _resumable(self, sequence: Sequence, prefix: Prefix, states: Snapshots) -> tuple[Prefix, int | None]:
+        """What of a cached prefix is followed by a copy of the state, and that copy's line.
+
+        Where others have had more of it than that, the place up to which they have is worth a copy.
+        """
+        found = len(prefix.blocks)
+        while found and (line := states.find(prefix.names[found - 1])) is None:
+            found -= 1
+        size = self.pool.block_size
+        if (len(prefix.blocks) - found) * size >= snapshots.LEAST:
+            sequence.shared_until = len(prefix.blocks) * size
+        return prefix.cut(sequence.salt, found), line if found else None
+
+    def _next_point(self, sequence: Sequence) -> int:
+        """Where on the way through its prompt the sequence's state is to be copied next; 0: nowhere."""
+        done, size = sequence.num_computed, self.pool.block_size
+        if done < sequence.shared_until:
+            return sequence.shared_until
+        end = len(sequence.prompt) // size * size
+        begun = max(sequence.shared_until, sequence.cached_tokens or 0)
+        return end if done < end and end - begun >= snapshots.LEAST else 0
+
+    def _save(self, sequence: Sequence, step: Step) -> None:
+        """Have the state copied that the sequence will have after this step."""
+        assert self.states is not None
+        if sequence.num_computed < snapshots.LEAST or (line := self.states.take()) is None:
+            return
+        step.saves.append((sequence.slot, line))
+        sequence.saves.append((sequence.num_computed, line))
+
+    def _name_state(self, sequence: Sequence) -> None:
+        """A copy that follows the block just named can be found from now on, in place of the last on the way."""
+        assert self.states is not None
+        tokens, line = sequence.saves.pop(0)
+        self.states.keep(line, sequence.content)
+        if tokens > len(sequence.prompt):
+            if sequence.trail is not None:
+                self.states.forget(sequence.trail)
+            sequence.trail = sequence.content
+
     # ---------------------------------------------------------------- blocks
 
     def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
@@ -306,6 +368,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
+        for _, line in sequence.saves:
+            assert self.states is not None
+            self.states.give_back(line)
+        sequence.saves, sequence.trail = [], None
         sequence.blocks = []
         sequence.committed = 0
         self.running.remove(sequence)
@@ -340,6 +406,8 @@ class Scheduler:
             tokens = sequence.tokens(index * size, (index + 1) * size)
             sequence.content = self.pool.commit(sequence.blocks[index], sequence.content, tokens)
             sequence.committed += 1
+            while sequence.saves and sequence.saves[0][0] <= sequence.committed * size:
+                self._name_state(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> list[Sequence]:
         """End a sequence, free what it holds; returns its children that now must go their own way (none if error)."""
@@ -378,6 +446,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, slots and blocks agree."""
         self.pool.check_integrity([s.blocks for s in self.running])
+        if self.states is not None:
+            self.states.check_integrity([line for s in self.running for _, line in s.saves])
         slots = [s.slot for s in self.running]
         assert len(set(slots)) == len(slots), "two sequences share a slot"
         assert not set(slots) & set(self._slots), "a used slot counts as free"

@@ -119,16 +119,6 @@ def test_choices_of_one_prompt_go_on_from_its_state(model_type: str, overlap: bo
     require_greedy(model_type, [prompt], [alone])
 
 
-def test_no_prefix_is_taken_from_another_request() -> None:
-    """Blocks hold keys and values; what the other layers knew at their end is gone."""
-    llm = engine_of("qwen3_5_text")
-    shared = prompts()[4]
-    first = tokens_of(llm, [shared])[0]
-    again = [shared + first, [*shared, 5, 6, 7]]
-    found = tokens_of(llm, again)
-    require_greedy("qwen3_5_text", again, found)
-
-
 def test_a_sequence_begins_without_what_its_slot_held() -> None:
     llm = engine_of("qwen3_5_text", max_batch=1)
     ids = prompts()

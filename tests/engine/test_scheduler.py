@@ -1,22 +1,26 @@
 """The scheduler under random histories, against a model of a device that remembers every slot's content.
 
 The simulated device checks what matters: when a chunk runs, each token before it must be in the cache blocks
-that the sequence holds, whoever wrote it there; and a sequence's output must be what it would be alone.
+that the sequence holds, whoever wrote it there; and a sequence's output must be what it would be alone. A model that
+carries states has them in lines, each of which remembers the tokens that went into it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenmill.engine import snapshots
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.messages import Add
 from tokenmill.engine.request import Sequence, Status, make_sequences
 from tokenmill.engine.sampling_params import SamplingParams
 from tokenmill.engine.scheduler import Chunk, Scheduler, Step
+from tokenmill.engine.snapshots import Snapshots
 
 SIZE = 4
 
@@ -28,13 +32,15 @@ def next_token(history: list[int], choice: int) -> int:
 
 @dataclass
 class Device:
-    """Blocks by number, each a list of the tokens whose keys it holds."""
+    """Blocks by number, each a list of the tokens whose keys it holds; and states by line."""
 
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
+    states: dict[int, list[int]] | None = None
 
     def run(self, step: Step) -> list[list[int]]:
         """Compute a step: write the chunks' tokens, check what they attend to; the draws of each sampler."""
         samples = []
+        self.copy_states(step.restores)
         for chunk in step.chunks:
             sequence, stop = chunk.sequence, chunk.start + chunk.count - len(chunk.drafts)
             history = everything(sequence)[:stop] + chunk.drafts
@@ -42,13 +48,22 @@ class Device:
                 self.block(sequence, position)[position % SIZE] = history[position]
             seen = [self.block(sequence, p)[p % SIZE] for p in range(len(history))]
             assert seen == history, "the cache doesn't hold what the sequence attends to"
+            if self.states is not None:
+                carried = self.states.get(sequence.slot) if chunk.start else []
+                assert carried == history[: chunk.start], "the state isn't that of what came before"
+                self.states[sequence.slot] = history
             for sampler in chunk.samplers:
                 samples.append(
                     [next_token(history[:n], sampler.choice) for n in range(stop, len(history) + 1)]
                 )
         for source, target in step.copies:
             self.blocks[target] = list(self.blocks[source])
+        self.copy_states(step.forks + step.saves)
         return samples
+
+    def copy_states(self, pairs: list[tuple[int, int]]) -> None:
+        for source, target in pairs if self.states is not None else ():
+            self.states[target] = self.states[source]
 
     def block(self, sequence: Sequence, position: int) -> list[int | None]:
         return self.blocks.setdefault(sequence.blocks[position // SIZE], [None] * SIZE)
@@ -143,8 +158,16 @@ def alone(prompt: list[int], choice: int, max_tokens: int) -> list[int]:
 
 
 def make_loop(
-    blocks: int, batch: int, tokens: int, *, overlap: bool, cache: bool = True, quiet: int = 0
+    blocks: int,
+    batch: int,
+    tokens: int,
+    *,
+    overlap: bool,
+    cache: bool = True,
+    quiet: int = 0,
+    copies: int | None = None,
 ) -> Loop:
+    """`copies`: of states, in a model whose layers carry them."""
     pool = BlockPool(blocks, SIZE)
     scheduler = Scheduler(
         pool,
@@ -152,10 +175,11 @@ def make_loop(
         max_batch_tokens=tokens,
         score_tokens=8,
         prefix_cache=cache,
-        draft_rows=12,
+        draft_rows=12 if copies is None else 0,
         quiet_tokens=quiet,
+        states=Snapshots(batch + 1, copies) if copies else None,
     )
-    return Loop(scheduler, overlap)
+    return Loop(scheduler, overlap, Device(states=None if copies is None else {}))
 
 
 def sequence_of(
@@ -184,6 +208,18 @@ def guess(data: st.DataObject, prompt: list[int]) -> list[int] | None:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_random_histories(data: st.DataObject) -> None:
+    go_through(data, None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_random_histories_of_a_model_with_states(data: st.DataObject) -> None:
+    with mock.patch.object(snapshots, "LEAST", SIZE):
+        go_through(data, data.draw(st.sampled_from([0, 1, 3, 12]), "copies"))
+
+
+def go_through(data: st.DataObject, copies: int | None) -> None:
+    """A history of random events; `copies` as make_loop takes it."""
     blocks = data.draw(st.integers(6, 24), "blocks")
     longest = blocks * SIZE
     loop = make_loop(
@@ -191,7 +227,8 @@ def test_random_histories(data: st.DataObject) -> None:
         data.draw(st.integers(1, 6), "batch"),
         data.draw(st.integers(1, 24), "budget"),
         overlap=data.draw(st.booleans(), "overlap"),
-        cache=data.draw(st.booleans(), "cache"),
+        cache=data.draw(st.booleans(), "cache") if copies is None else copies > 0,
+        copies=copies,
         quiet=data.draw(st.sampled_from([0, 30]), "quiet"),
     )
     number = 0
