@@ -30,6 +30,7 @@ from tokenmill.engine.decoder_spec import (
 from tokenmill.engine.describe_experts import experts
 from tokenmill.engine.describe_parts import NotUnderstood
 from tokenmill.engine.describe_recurrent import recurrent
+from tokenmill.engine.model_size import text_part
 
 SANDWICH = (
     "input_layernorm",
@@ -80,8 +81,7 @@ def describe(
     """
     own: Any = module
     config: Any = own.config.get_text_config(decoder=True)
-    inner = getattr(module, "model", None)
-    inner = getattr(inner, "language_model", inner)
+    inner = text_part(module)
     head = own.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if inner is None or not isinstance(head, nn.Linear) or not hasattr(inner, "layers"):
         raise NotUnderstood("no model.layers with an output embedding")

@@ -155,7 +155,7 @@ def _decoder_form(
         layers = attention.probe_layers(module)
         try:
             described = describe.describe(module, layers, shrink.CONTEXT, form == "interleaved")
-        except describe_parts.NotUnderstood:
+        except Exception:  # NotUnderstood, or what a part of an unknown kind makes of being asked
             return None
         kept = describe.kept_by(described)
         found = run_paged(decoder.Decoder(described, ReferenceKernels()), kept, texts)

@@ -40,24 +40,32 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def is_causal_lm(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a causal LM for configs of this class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    """Whether transformers has a model that completes text for configs of this class."""
+    return _class_for(config) is not None
 
 
 def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The causal LM of `config`'s type as AutoModelForCausalLM picks it, and the config that it takes.
 
-    A multi-modal checkpoint whose language model is one by itself gives that one and its own config.
+    A multi-modal checkpoint whose language model is one by itself gives that one and its own config; another one gives
+    the class that reads pictures or sound, too, which then only gets text.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if not is_causal_lm(config):
+    chosen = _class_for(config)
+    if chosen is None:
         raise LoadError(f"a {config.model_type} is no causal language model, so it can't complete text")
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     text_config = config.sub_configs.get("text_config")
     if text_config is not None and chosen.config_class is text_config:
         config = config.get_text_config(decoder=True)
     return chosen, config
+
+
+def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    from transformers.models.auto import modeling_auto
+
+    for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        classes = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING", {})
+        if type(config) in classes:
+            found: Any = classes[type(config)]
+            chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+            return chosen
+    return None

@@ -40,11 +40,11 @@ def size_of(
     blocks: dict[str, Blocks] | None = None,
 ) -> ModelSize:
     """The size of a causal LM. An input embedding counts only where it is the output's too: it is looked up."""
-    held = blocks or {}
+    held, unread = blocks or {}, _beside_text(module)
     aside, head = _input_embedding(module), module.get_output_embeddings()
     dense = experts = dense_bytes = expert_bytes = 0.0
     for name, weight in module.named_parameters():
-        if weight is aside or weight.dim() < 2:
+        if weight is aside or weight.dim() < 2 or id(weight) in unread:
             continue
         size, width = weight.numel(), BYTES.get(str(quantization), weight.element_size())
         if name.endswith("_bias"):  # of all experts, a matrix that stays as it is
@@ -59,6 +59,20 @@ def size_of(
     return ModelSize(
         dense, dense_bytes, experts, expert_bytes, _expert_share(text_config) if experts else 1.0
     )
+
+
+def text_part(module: Any) -> Any:
+    """The body of a causal LM; of one that sees or hears, too, what reads text. None where it isn't called so."""
+    inner = getattr(module, "model", None)
+    return getattr(inner, "language_model", None) or getattr(inner, "text_model", None) or inner
+
+
+def _beside_text(module: Any) -> set[int]:
+    """Parameters, by identity, that text never goes through."""
+    inner, part = getattr(module, "model", None), text_part(module)
+    if part is None or part is inner or inner is None:
+        return set()
+    return {id(x) for x in inner.parameters()} - {id(x) for x in part.parameters()}
 
 
 def _input_embedding(module: Any) -> Tensor | None:

@@ -100,6 +100,10 @@ AT_MOST = (
     "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers", "moe_num_shared_experts",
     "n_group", "num_expert_group",
 )  # fmt: skip
+MROPE_TYPES = {
+    "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text", "paddleocr_vl_text",
+}  # fmt: skip
+"""Types whose code assumes larger heads where a config doesn't say how angles are shared by time, height and width."""
 NEEDED = (*KV_HEADS, "head_dim", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Sizes that a config may leave out (null) but a model can't do without."""
 
@@ -134,6 +138,8 @@ def shrink(fields: dict[str, Any], *, layers: int, hidden: int, vocab: int, grou
     if "kv_lora_rank" in small and "qk_rope_head_dim" in small and small.get("head_dim"):
         small["head_dim"] = small["qk_rope_head_dim"]
     if small.get("rope_parameters"):
+        if fields.get("model_type") in MROPE_TYPES:
+            small["rope_parameters"].setdefault("mrope_section", [1, 1, 2])
         small["rope_parameters"] = _shrink_rope(small["rope_parameters"], hidden // HEADS)
     if small.get("attn_logit_softcapping"):  # small heads have small scores: a cap must still bend them
         small["attn_logit_softcapping"] = 1.0
@@ -202,6 +208,9 @@ def _shrink_rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
     for name in ("short_factor", "long_factor"):
         if isinstance(small.get(name), list):
             small[name] = (small[name] * half)[:half]
+    if isinstance(small.get("mrope_section"), list):
+        parts = [part * half // sum(small["mrope_section"]) for part in small["mrope_section"]]
+        small["mrope_section"] = [*parts[:-1], half - sum(parts[:-1])]
     if small.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = int(CONTEXT // max(1.0, small.get("factor") or 4.0))
     return small
