@@ -4,7 +4,7 @@
 
 The main thread never waits for the socket (`link.py`): the outbox merges deltas of the same choice while the
 front end is slow. The front end watches `Stats`: they come at least every second from the step loop itself, so
-silence means a hang.
+silence means a hang. While it loads, a third thread says that it lives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
-from tokenmill.engine.link import Link, Outbox, leave, run_process
+from tokenmill.engine.link import Link, Outbox, leave, pulse, run_process
 from tokenmill.engine.load_error import first_line
 from tokenmill.engine.messages import (
     Abort,
@@ -105,7 +105,8 @@ class Host:
         if not isinstance(start, Start):
             logger.error("the first message must be Start")
             return 2
-        engine = self._load(start)
+        with pulse(self._outbox):
+            engine = self._load(start)
         if engine is not None:
             self._serve(engine)
             engine.close()

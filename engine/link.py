@@ -18,14 +18,17 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from tokenmill.engine.messages import HEADER, MAX_FRAME, encode_frame
+from tokenmill.engine.messages import HEADER, MAX_FRAME, Alive, encode_frame
 
 logger = logging.getLogger("tokenmill.engine")
 FLUSH_S = 5.0
+BEAT_S = 0.5
+"""Between two signs of life."""
 PR_SET_PDEATHSIG = 1
 
 Incoming = TypeVar("Incoming")
@@ -70,6 +73,28 @@ class Outbox:
     def _taken(self) -> list[msgspec.Struct]:
         messages, self._messages = self._messages, []
         return messages
+
+
+@contextmanager
+def pulse(outbox: Outbox) -> Iterator[None]:
+    """Inside the block a thread says that the process lives, whatever keeps the main thread.
+
+    Only what holds Python's lock silences it. Reading and converting weights let go of it; the longest silence
+    of a load is the linker's, while it maps torch's libraries (a fifth of a second from memory).
+    """
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            outbox.put(Alive())
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Link(Generic[Incoming]):

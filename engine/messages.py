@@ -3,7 +3,7 @@
     front end                                    engine process
       Start, Add, Abort, Drain      ──────▶      engine/host.py
       Loading, Ready, LoadFailed,
-      Outputs, Stats                ◀──────
+      Outputs, Stats, Alive         ◀──────
 
     front end                                    speech process
       StartSpeech, Say, Hush        ──────▶      engine/speech_host.py
@@ -233,11 +233,14 @@ class Spoken(msgspec.Struct, tag=True, array_like=True):
 
 
 class Alive(msgspec.Struct, tag=True, array_like=True):
-    """Sent at least every second, also while an utterance is made, so their absence means a hang."""
+    """Sent at least every second while it loads, whether that advances or not; their absence means a hang.
+
+    A speech process goes on with them, also while it makes an utterance.
+    """
 
 
 ToEngine = Start | Add | Abort | Drain
-FromEngine = Loading | Ready | LoadFailed | Outputs | Stats
+FromEngine = Loading | Ready | LoadFailed | Outputs | Stats | Alive
 ToSpeech = StartSpeech | Say | Hush
 FromSpeech = Loading | SpeechReady | LoadFailed | Spoken | Alive
 

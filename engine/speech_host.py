@@ -1,7 +1,8 @@
 """The speech process: `python -m tokenmill.engine.speech_host --fd N`. One checkpoint that speaks.
 
-Its front end watches `Alive`. They come from the loop while it idles, and from within the model's own code while it
-makes an utterance, which may take many seconds: each of its modules that is called is a sign of life.
+Its front end watches `Alive`. They come from a thread while it loads, from the loop while it idles, and from within
+the model's own code while it makes an utterance, which may take many seconds: each of its modules that is called is a
+sign of life.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenmill.engine.garbage import leave_alone
 from tokenmill.engine.lean_imports import import_transformers
-from tokenmill.engine.link import Link, Outbox, leave, run_process
+from tokenmill.engine.link import BEAT_S, Link, Outbox, leave, pulse, run_process
 from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.messages import (
     Alive,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from tokenmill.engine.speech_clips import Clips
 
 logger = logging.getLogger("tokenmill.engine")
-BEAT_S = 0.5
 
 
 class SpeechHost:
@@ -52,7 +52,8 @@ class SpeechHost:
         if not isinstance(start, StartSpeech):
             logger.error("the first message must be StartSpeech")
             return 2
-        clips = self._load(start)
+        with pulse(self._outbox):
+            clips = self._load(start)
         if clips is not None:
             self._serve(clips)
         self._outbox.close()

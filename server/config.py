@@ -50,8 +50,10 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     have a file to convert; a request's own deadline counts too."""
     watchdog_s: Annotated[float, Meta(ge=2)] = 30
     """Silence of an engine after which it counts as hung and is restarted."""
+    load_silence_s: Annotated[float, Meta(ge=2)] = 60
+    """The same while it loads: a thread of it says twice a second that it lives, however slow its disk is."""
     load_watchdog_s: Annotated[float, Meta(ge=2)] = 900
-    """The same while it loads. Each report of progress is a sign of life, but one file may take minutes."""
+    """How long it may load without progress, signs of life or not. One file may take minutes."""
     unknown_parameters: Literal["refuse", "warn"] = "refuse"
     cache_salt: Literal["none", "key", "user"] = "none"
     """Whose requests may share cached prefixes: everyone's, one API key's, or one key's and user's."""

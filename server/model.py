@@ -47,7 +47,7 @@ class Model(Supervised[EngineClient, Engine]):
 
     def on_message(self, message: FromEngine) -> None:
         """Anything from the engine; outputs only as a sign of life."""
-        self._on_sign_of_life()
+        self._on_sign_of_life(message)
         match message:
             case Stats():
                 self.stats = message

@@ -145,6 +145,7 @@ def _rules(entry: Entry, config: Config) -> Rules:
         lazy=entry.load == "lazy",
         idle_unload_s=config.defaults.idle_unload_s if idle is None else idle,
         watchdog_s=config.server.watchdog_s,
+        load_silence_s=config.server.load_silence_s,
         load_watchdog_s=config.server.load_watchdog_s,
         load_wait_s=config.server.load_wait_s,
         max_queue=config.server.max_queue,

@@ -22,7 +22,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
-from tokenmill.engine.messages import LoadFailed
+from tokenmill.engine.messages import Alive, LoadFailed
 from tokenmill.server.engine_process import EngineProcess
 from tokenmill.server.errors import ApiError, overloaded, unavailable
 from tokenmill.server.place import Held, Place
@@ -50,8 +50,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Unloaded after so long without requests; 0: never."""
     watchdog_s: float = 30.0
     """Silence after which it counts as hung."""
-    load_watchdog_s: float = 900.0
+    load_silence_s: float = 60.0
     """The same while it loads."""
+    load_watchdog_s: float = 900.0
+    """How long it may load without progress, though it says that it lives."""
     load_wait_s: float = 120.0
     """How long a request waits for it to load."""
     max_queue: int = 256
@@ -103,6 +105,8 @@ class Supervised(ABC, Generic[C, E]):
         self._lost = False
         self._failures = 0
         self._silent_s = 0.0
+        self._stuck_s = 0.0
+        """As `_silent_s`, but without regard to bare signs of life."""
         self._idle_s = 0.0
         self._retry_after_s: int | None = None
         self._load_error: str | None = None
@@ -290,7 +294,7 @@ class Supervised(ABC, Generic[C, E]):
     async def _run_once(self) -> str | None:
         """One engine process from start to end; why it ended, or None when it was unloaded on purpose."""
         self._lost = self._leaving = False
-        self._silent_s = self._idle_s = 0.0
+        self._silent_s = self._stuck_s = self._idle_s = 0.0
         self._engine = self._load_error = self._ready_at = ending = None
         self._stir.clear()
         try:
@@ -322,10 +326,15 @@ class Supervised(ABC, Generic[C, E]):
         Ticks are counted, not clocks read: a machine that slept doesn't look like a hang.
         """
         self._silent_s += TICK_S
-        if self._engine is not None and self._silent_s >= self._rules.watchdog_s:
-            return f"the engine was silent for {self._silent_s:g} s"
-        if self._engine is None and self._silent_s >= self._rules.load_watchdog_s:
+        self._stuck_s += TICK_S
+        rules = self._rules
+        if self._engine is not None:
+            silent = self._silent_s >= rules.watchdog_s
+            return f"the engine was silent for {self._silent_s:g} s" if silent else None
+        if self._silent_s >= rules.load_silence_s:
             return f"the engine was silent for {self._silent_s:g} s while loading"
+        if self._stuck_s >= rules.load_watchdog_s:
+            return f"the engine made no progress for {self._stuck_s:g} s while loading"
         return None
 
     def _unload_idle(self) -> None:
@@ -355,8 +364,10 @@ class Supervised(ABC, Generic[C, E]):
     def _new_client(self) -> C:
         """What will speak with it. It tells this object what it hears, by `_on_sign_of_life` and the like."""
 
-    def _on_sign_of_life(self) -> None:
+    def _on_sign_of_life(self, message: msgspec.Struct) -> None:
         self._silent_s = 0.0
+        if not isinstance(message, Alive):
+            self._stuck_s = 0.0
 
     def on_lost(self, reason: str) -> None:
         """The socket is closed."""

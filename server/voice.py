@@ -52,7 +52,7 @@ class Voice(Supervised[SpeechClient, LoadedVoice]):
 
     def on_message(self, message: FromSpeech) -> None:
         """Anything from the process; sound only as a sign of life."""
-        self._on_sign_of_life()
+        self._on_sign_of_life(message)
         match message:
             case SpeechReady():
                 self._on_speech_ready(message)

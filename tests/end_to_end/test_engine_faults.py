@@ -20,7 +20,7 @@ CONTEXT = 1 << 17
 CANARY = {"model": "tiny/llama", "prompt": "The mill", "max_tokens": 24, "temperature": 0}
 ONE_MODEL = """
 version: 1
-server: {{drain_s: 3600, watchdog_s: 3600}}
+server: {{drain_s: 3600, watchdog_s: 3600, load_silence_s: 5}}
 models:
   tiny/llama:
     source: {tiny}
@@ -80,6 +80,18 @@ def test_a_killed_engine_fails_its_requests_and_is_restarted(alone: Server) -> N
     eventually(lambda: alone.get("/health").status_code == 200)
     assert canary(alone) == expected
     eventually(lambda: alone.metric("tokenmill_used_blocks") == 0)
+
+
+def test_an_engine_that_is_stopped_while_it_loads_is_replaced(alone: Server) -> None:
+    expected, killed = canary(alone), engine_of(alone)
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: alone.children("engine.host") not in ([], [killed]))
+    stopped = engine_of(alone)
+    with paused(stopped):
+        assert alone.get("/health").status_code == 503
+        eventually(lambda: not alive(stopped))
+    eventually(lambda: alone.get("/health").status_code == 200)
+    assert canary(alone) == expected
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_no_process(alone: Server) -> None:

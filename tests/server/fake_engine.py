@@ -25,6 +25,7 @@ from tokenmill.engine.messages import (
     HEADER,
     Abort,
     Add,
+    Alive,
     Delta,
     Drain,
     FromEngine,
@@ -215,7 +216,7 @@ class FakeEngine:
         load_s = self.settings.get("load_s", 0.0)
         news_s = self.settings.get("news_s", load_s) or 1.0
         for done in range(round(load_s / news_s)):
-            time.sleep(news_s)
+            self.live(news_s)
             self.send(Loading("weights", (done + 1) * news_s / load_s))
         if self.mode == "load_failed":
             self.send(LoadFailed("model.safetensors: truncated; download it again"))
@@ -235,6 +236,13 @@ class FakeEngine:
             )
         )
         self.report()
+
+    def live(self, seconds: float) -> None:
+        """Take so long, with signs of life and no other news."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.send(Alive())
+            time.sleep(min(left, 0.5))
 
     def read(self, stream: object) -> None:
         while True:

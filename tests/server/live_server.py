@@ -136,7 +136,9 @@ class LiveServer:
     def unwatched(self) -> Iterator[None]:
         """The only model's silence isn't taken for a hang meanwhile, however slow the machine is."""
         rules = self.model._rules
-        self.model._rules = msgspec.structs.replace(rules, watchdog_s=900, load_watchdog_s=900)
+        self.model._rules = msgspec.structs.replace(
+            rules, watchdog_s=900, load_silence_s=900, load_watchdog_s=900
+        )
         try:
             yield
         finally:

@@ -17,11 +17,12 @@ import pytest
 from live_server import HEAD, MODEL, ONE_MODEL, LiveServer, events
 from waiting import PATIENCE_S, eventually
 
-from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.messages import Loading
+from tokenmill.engine.config import EngineConfig, SpeechConfig
+from tokenmill.engine.messages import Alive, Loading
 from tokenmill.server.guard import Guard
 from tokenmill.server.model import Model
 from tokenmill.server.supervised import Rules
+from tokenmill.server.voice import Voice
 
 Start = Callable[..., LiveServer]
 ADMIN = {"authorization": "Bearer boss"}
@@ -260,7 +261,7 @@ def test_engine_that_hangs_while_loading_is_restarted(
 ) -> None:
     """Row 29, before there is an engine to be silent. A request that waits for it gets its answer."""
     hung = tmp_path / "hung"
-    text = "server: {load_watchdog_s: 2}\n" + ONE_MODEL.replace("version: 1\n", "")
+    text = "server: {load_silence_s: 2}\n" + ONE_MODEL.replace("version: 1\n", "")
     live = start(text, mode=f"hang_loading:{hung}", admin_keys=("boss",))
     assert live.complete(prompt="abc", max_tokens=2).status_code == 503
     assert "silent for 2 s while loading; restart in" in caplog.text
@@ -270,13 +271,38 @@ def test_engine_that_hangs_while_loading_is_restarted(
         assert live.canary()
 
 
-def test_reports_of_progress_put_the_watchdog_of_loading_off() -> None:
-    model = Model(MODEL, EngineConfig(source="x"), Rules(load_watchdog_s=2))
-    for _ in range(5):
-        assert model._hang() is None, "one tick"
-        model.on_message(Loading("weights", 0.5))
-    assert model._hang() is None
-    assert model._hang() == "the engine was silent for 2 s while loading"
+def loading(kind: type[Model] | type[Voice]) -> Model | Voice:
+    """One that may load for two seconds in silence and for four without progress."""
+    rules = Rules(load_silence_s=2, load_watchdog_s=4)
+    if kind is Model:
+        return Model(MODEL, EngineConfig(source="x"), rules)
+    return Voice(MODEL, SpeechConfig(source="x"), rules)
+
+
+@pytest.mark.parametrize("kind", [Model, Voice])
+def test_silence_while_loading_is_a_hang(kind: type[Model] | type[Voice]) -> None:
+    kept = loading(kind)
+    for message in (Loading("weights", 0.5), Alive()):
+        kept.on_message(message)
+        assert kept._hang() is None, "one tick"
+    assert kept._hang() == "the engine was silent for 2 s while loading"
+
+
+@pytest.mark.parametrize("kind", [Model, Voice])
+def test_who_lives_may_load_slowly_but_not_for_ever(kind: type[Model] | type[Voice]) -> None:
+    kept = loading(kind)
+    for _ in range(3):
+        assert kept._hang() is None
+        kept.on_message(Alive())
+    for _ in range(3):
+        kept.on_message(Loading("weights", 0.5))
+        assert kept._hang() is None
+        kept.on_message(Alive())
+    assert kept._hang() is None
+    kept.on_message(Alive())
+    assert kept._hang() is None
+    kept.on_message(Alive())
+    assert kept._hang() == "the engine made no progress for 4 s while loading"
 
 
 def test_row_that_fails_fails_alone(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
