@@ -63,6 +63,22 @@ SANDWICH = {
 }
 
 
+LFM2 = {
+    "token_embd_norm": "model.embedding_norm",
+    "attn_norm": "operator_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.conv": "conv.conv",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How the tensors of an architecture differ from a checkpoint's."""
@@ -85,6 +101,7 @@ FAMILIES = {
     "starcoder2": Family({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
     "gemma2": Family(SANDWICH, norm_offset=1.0),
     "gemma3": Family(SANDWICH, norm_offset=1.0),
+    "lfm2": Family(LFM2),
 }
 """By `general.architecture`. llama also is mistral."""
 
@@ -157,14 +174,14 @@ def read_values(file: Path, summary: GGUFSummary, name: str) -> Tensor | None:
 def checkpoint_name(name: str, family: Family) -> str:
     """A tensor's name in a transformers checkpoint; raises LoadError for one that has none."""
     parts = name.split(".")
-    layer = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
-    stem, suffix = parts[-2:] if len(parts) > 1 else ("", name)
-    known = {**NAMES, **family.names}
-    if stem not in known or suffix not in ("weight", "bias") or len(parts) != (4 if layer else 2):
+    within = parts[0] == "blk"
+    stem, suffix = ".".join(parts[2 if within else 0 : -1]), parts[-1]
+    known = {**NAMES, **family.names}.get(stem)
+    if known is None or suffix not in ("weight", "bias") or within == known.startswith(("model.", "lm_head")):
         raise LoadError(
             f"quantization gguf: the file holds {name:.60}, which isn't understood; leave quantization out"
         )
-    return f"{layer}{known[stem]}.{suffix}"
+    return f"model.layers.{parts[1]}.{known}.{suffix}" if within else f"{known}.{suffix}"
 
 
 def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family) -> Tensor | Blocks:
@@ -176,6 +193,8 @@ def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family
     values = data.view(PLAIN[tensor.kind]).view(tensor.shape)
     if tensor.name.endswith("ffn_gate_inp_shexp.weight"):
         values = values.view(1, -1)  # a matrix of one row, which the converter wrote as a vector
+    if tensor.name.endswith("shortconv.conv.weight"):
+        values = values.unsqueeze(1)  # each channel is convolved by itself
     if tensor.name.endswith("norm.weight") and family.norm_offset:
         values = values.float() - family.norm_offset
     return values.to(dtype)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
     "starcoder2": "starcoder2", "gemma2": "gemma2", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
+    "qwen3_moe": "qwen3moe", "lfm2": "lfm2",
 }  # fmt: skip
 """A checkpoint's model_type → what llama.cpp calls it."""
 GEMMA = {
@@ -39,7 +39,13 @@ NAMES = {
     "mlp.experts.down_proj": "ffn_down_exps", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
-Q4_1 = ".*(proj|c_fc).weight"
+LFM2 = {
+    "model.embedding_norm": "token_embd_norm", "operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm",
+    "conv.in_proj": "shortconv.in_proj", "conv.conv": "shortconv.conv", "conv.out_proj": "shortconv.out_proj",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down",
+}  # fmt: skip
+Q4_1 = ".*(proj|c_fc|w[123]).weight"
 
 
 def gguf_of(
@@ -128,10 +134,17 @@ def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
+    kv_heads = config.get("num_key_value_heads", heads)
+    if architecture == "lfm2":
+        kinds = config["layer_types"]
+        writer.add_head_count_kv([kv_heads if kind == "full_attention" else 0 for kind in kinds])
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+        writer.add_layer_norm_rms_eps(config["norm_eps"])
+    else:
+        writer.add_head_count_kv(kv_heads)
     if architecture == "starcoder2":
         writer.add_layer_norm_eps(config["norm_epsilon"])
-    else:
+    elif architecture != "lfm2":
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
     writer.add_rope_freq_base(
@@ -165,7 +178,11 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path) -> None:
 
 
 def _gguf_name(name: str, architecture: str) -> str:
-    names = {**NAMES, **(GEMMA if architecture.startswith("gemma") else {})}
+    names = {
+        **NAMES,
+        **(GEMMA if architecture.startswith("gemma") else {}),
+        **(LFM2 if architecture == "lfm2" else {}),
+    }
     stem, suffix = name.rsplit(".", 1)
     layer = re.match(r"model\.layers\.(\d+)\.", stem)
     known = names[stem[layer.end() :] if layer else stem]
@@ -178,6 +195,8 @@ def _as_llama_cpp(name: str, weight: Tensor, config: dict[str, Any], architectur
         return weight + 1
     if name.endswith("shared_expert_gate.weight"):
         return weight.flatten()
+    if name.endswith("conv.conv.weight"):
+        return weight.squeeze(1)
     if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
         heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
         half = weight.shape[0] // heads // 2
