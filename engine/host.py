@@ -10,8 +10,10 @@ silence means a hang. While it loads, a third thread says that it lives.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,13 +34,17 @@ from tokenmill.engine.messages import (
     ToEngine,
     to_engine_decoder,
 )
+from tokenmill.kernels.cpu.ahead import Ahead
 
 if TYPE_CHECKING:
+    from tokenmill.engine.config import EngineConfig
     from tokenmill.engine.engine import Engine
 
 logger = logging.getLogger("tokenmill.engine")
 STATS_INTERVAL = 0.25
 IDLE_WAIT = 1.0
+NVIDIA = Path("/dev/nvidiactl")
+"""Is there where a GPU can be used."""
 
 
 class DeltaOutbox(Outbox):
@@ -90,6 +96,13 @@ def merge(first: Delta, second: Delta) -> None:
         scores.top = scores.top + more.top
 
 
+def wants_cpu_kernels(config: EngineConfig) -> bool:
+    """Whether it will, as far as can be told before torch is imported."""
+    if os.environ.get("TOKENMILL_KERNELS", "cpu") != "cpu":
+        return False
+    return config.device == "cpu" or (config.device == "auto" and not NVIDIA.exists())
+
+
 class Host:
     """Joins the socket and the engine."""
 
@@ -105,8 +118,11 @@ class Host:
         if not isinstance(start, Start):
             logger.error("the first message must be Start")
             return 2
+        ahead = Ahead() if wants_cpu_kernels(start.config) else None
         with pulse(self._outbox):
             engine = self._load(start)
+        if engine is None and ahead is not None:
+            ahead.stop()
         if engine is not None:
             self._serve(engine)
             engine.close()

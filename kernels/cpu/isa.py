@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,3 +64,15 @@ def supported() -> tuple[InstructionSet, ...]:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return (NEON,)
     return (*(each for each in X86 if each.needs <= cpu_flags()), PORTABLE)
+
+
+def to_try(sets: Iterable[InstructionSet]) -> tuple[InstructionSet, ...]:
+    """All of a machine's sets, or the one of them that TOKENMILL_ISA names; ValueError where it names another."""
+    every = tuple(sets)
+    name = os.environ.get("TOKENMILL_ISA")
+    if not name:
+        return every
+    if not (named := tuple(isa for isa in every if isa.name == name)):
+        choices = ", ".join(isa.name for isa in every)
+        raise ValueError(f"TOKENMILL_ISA must be a set that this machine has ({choices}), not {name}")
+    return named

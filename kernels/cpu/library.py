@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.cpu.build import BuildError, built
-from tokenmill.kernels.cpu.isa import InstructionSet, supported
+from tokenmill.kernels.cpu.isa import InstructionSet, supported, to_try
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +109,6 @@ def load(isa: InstructionSet) -> Library:
         return _loaded[isa.name]
 
 
-def _candidates() -> tuple[InstructionSet, ...]:
-    """What `current()` tries, in order: every supported set, or the one that TOKENMILL_ISA names."""
-    every = tuple(supported())
-    name = os.environ.get("TOKENMILL_ISA")
-    if not name:
-        return every
-    if not (named := tuple(isa for isa in every if isa.name == name)):
-        choices = ", ".join(isa.name for isa in every)
-        raise ValueError(f"TOKENMILL_ISA must be a set that this machine has ({choices}), not {name}")
-    return named
-
-
 def current() -> Library | None:
     """The best library that works here, or None (said once, in one line).
 
@@ -128,7 +116,7 @@ def current() -> Library | None:
     """
     global _current, _tried
     if _current is None and not _tried:
-        candidates = _candidates()
+        candidates = to_try(supported())
         _tried = True
         reasons = []
         for isa in candidates:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATIENCE_S, eventually
 
-from tokenmill.kernels.cpu import build, isa, library
+from tokenmill.kernels.cpu import ahead, build, isa, library
 
 # A library that nobody times is compiled in a third of the time without optimisation.
 QUICK = isa.InstructionSet("quick", frozenset(), ("-O0",))
@@ -40,12 +47,86 @@ def in_process(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_processes_that_race_all_get_a_whole_library(tmp_path: Path) -> None:
-    racers = [in_process(BUILD, TOKENMILL_CACHE=str(tmp_path)) for _ in range(2)]
+def test_processes_that_race_all_get_the_one_library(tmp_path: Path) -> None:
+    """The compiler tells what it links: once, since who comes second waits for who came first."""
+    compiler, links = tmp_path / "compiler", tmp_path / "links"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) echo link >> {links};; esac\nexec {build.find_compiler()} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    racers = [in_process(BUILD, TOKENMILL_CACHE=str(tmp_path), CXX=str(compiler)) for _ in range(2)]
     answers = [racer.communicate(timeout=800) for racer in racers]
+    assert links.read_text() == "link\n"
     (made,) = (tmp_path / "kernels").iterdir()
     assert [output.strip() for output, _ in answers] == [str(made)] * 2, answers
     assert ctypes.CDLL(str(made)).tm_probe() == 0
+
+
+def test_threads_that_race_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[Path] = []
+
+    def compile_slowly(_: str, __: isa.InstructionSet, folder: Path) -> None:
+        builds.append(folder)
+        time.sleep(0.2)
+        (folder / "library.so").write_bytes(b"")
+
+    monkeypatch.setattr(build, "_compile", compile_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        made = set(pool.map(lambda _: build.build(QUICK, tmp_path), range(3)))
+    assert len(builds) == len(made) == 1
+
+
+def test_a_folder_without_locks_is_built_into_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(build, "_compile", lambda _, __, folder: (folder / "library.so").write_bytes(b""))
+    assert build.build(QUICK, tmp_path).exists()
+
+
+def test_every_source_is_compiled_once() -> None:
+    named = [name for unit in build.UNITS for name in unit]
+    assert sorted(named) == sorted(path.stem for path in build.SOURCES.glob("*.cpp"))
+
+
+def test_the_library_is_built_ahead_of_who_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def compile_when_told(_: str, __: isa.InstructionSet, folder: Path) -> None:
+        began.set()
+        assert go_on.wait(PATIENCE_S)
+        (folder / "library.so").write_bytes(b"")
+
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    monkeypatch.delenv("TOKENMILL_ISA", raising=False)
+    monkeypatch.setattr(ahead, "supported", lambda: (QUICK,))
+    monkeypatch.setattr(build, "_compile", compile_when_told)
+    ahead.Ahead()
+    assert began.wait(PATIENCE_S)
+    monkeypatch.setattr(build, "_compile", None)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(build.build, QUICK)
+        go_on.set()
+        assert asked.result(PATIENCE_S).exists()
+
+
+def test_what_nobody_will_need_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexec sleep 3600\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
+    under_way = ahead.Ahead()
+    eventually(lambda: len(build._jobs) == len(build.UNITS))
+    jobs = tuple(build._jobs)
+    under_way.stop()
+    assert all(job.poll() == -signal.SIGKILL for job in jobs)
+    eventually(lambda: not list((tmp_path / "cache" / "kernels").iterdir()))
 
 
 def test_no_compiler_is_one_line_and_plain_torch(tmp_path: Path) -> None:

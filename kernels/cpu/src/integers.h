@@ -298,7 +298,7 @@ class IntegerTask {
     const Units start = unit;
     const int64_t bytes = shape_.depth * kPair * 2;
     for (int64_t i = 0; i < count; ++i, unit.next()) widen(unit.integers(), wide_ + i * bytes);
-    in_row_blocks<kIntegersTogether>(rows_, [&](int first, auto height) {
+    in_row_blocks<kIntegersTogether, kLeastOfSeveral<kIntegersTogether>>(rows_, [&](int first, auto height) {
       Units at = start;
       for (int64_t i = 0; i < count; ++i, at.next()) {
         if (first == 0) ask(at);

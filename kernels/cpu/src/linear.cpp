@@ -18,67 +18,19 @@
 
 #include "api.h"
 #include "coded.h"
-#include "fold_task.h"
-#include "grouped_task.h"
-#include "integers.h"
-#include "piece_task.h"
-#include "ring_task.h"
-#include "single_row.h"
-#include "unpack.h"
+#include "part.h"
+#include "unpacked.h"
 
 namespace tokenmill {
 namespace {
 
 constexpr int64_t kMaxPanelRows = 512;
 
-// The pairs [begin, end) times rows [first, last).
-struct Part {
-  int64_t begin, end, first, last;
-};
-
-template <class T, class Source>
-void by_pieces(const Call& call, const Operand<T>& operand, const Part& part) {
-  PieceTask<T, Source>(call, operand, part.first, part.last).run(part.begin, part.end);
-}
-
-template <class Steps, class T>
-void unpacked(const Call& call, const Operand<T>& operand, const Part& part) {
-#if defined(__AMX_BF16__)
-  if constexpr (kAmx<T, bf16>) {
-    if (part.last - part.first <= kBlock) {
-      RingTask<Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
-    } else {
-      by_pieces<T, Unpacked<Steps>>(call, operand, part);
-    }
-  } else
-#endif
-  {
-    FoldTask<T, Steps>(call, operand, part.first, part.last).run(part.begin, part.end);
-  }
-}
-
-#if defined(__AMX_BF16__)
-void quantized(const Call& call, const Operand<bf16>& operand, const Part& part) {
-  if (call.weight.format == kInt4) return unpacked<ValueSteps<kInt4>>(call, operand, part);
-  if (!call.weight.row_wide()) return unpacked<ValueSteps<kInt8>>(call, operand, part);
-  if (part.last - part.first > 1) return unpacked<ByteSteps>(call, operand, part);
-  single_row_task(call, operand, part.begin, part.end, part.first);
-}
-#else
-void quantized(const Call&, const Operand<bf16>&, const Part&) {}  // without a matrix unit in integers
-#endif
-
-void quantized(const Call& call, const Operand<float>& operand, const Part& part) {
-  for (int64_t pair = part.begin; pair < part.end; ++pair) {
-    GroupedTask<float>(call, operand, pair, part.first, part.last).run();
-  }
-}
-
 template <class T>
 void run_task(const Call& call, const Operand<T>& operand, const Part& part) {
   const Packed& w = call.weight;
   if (w.quantized()) {
-    quantized(call, operand, part);
+    multiply_quantized(call, operand, part);
   } else if (w.format == kCoded) {
     unpacked<CodedSteps>(call, operand, part);
   } else if (w.format == kBf16) {
@@ -182,10 +134,8 @@ template <class Job>
 void run_integers(const Job& job, const bf16* x) {
   const Call& whole = call_of(job);
   const IntegerRows operand = integer_rows(x, rows_of(job), whole.weight, whole.rows);
-  spread(job, operand.stride * 2, 128, [&](const Call& call, const Part& part) {
-    IntegerTask task(call, operand, part.first, part.last);
-    for (int64_t pair = part.begin; pair < part.end; ++pair) task.run(pair);
-  });
+  spread(job, operand.stride * 2, 128,
+         [&](const Call& call, const Part& part) { multiply_integers(call, operand, part); });
 }
 
 // A product or a group of them, as x's type and the weight's format want it.

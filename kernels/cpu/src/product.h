@@ -27,24 +27,29 @@ struct Nothing {
   TM_INLINE void operator()(int64_t) const {}
 };
 
-// work(constant) with the constant of `rows`, 1 .. Most.
-template <int Most = kTogether, class Work>
+// work(constant) with the constant of `rows`, Least .. Most.
+template <int Most = kTogether, int Least = 1, class Work>
 TM_INLINE void with_rows(int rows, const Work& work) {
-  if constexpr (Most > 1) {
-    if (rows < Most) return with_rows<Most - 1>(rows, work);
+  if constexpr (Most > Least) {
+    if (rows < Most) return with_rows<Most - 1, Least>(rows, work);
   }
   work(std::integral_constant<int, Most>{});
 }
 
+// What no block is lower than where there are more rows than `Most`.
+template <int Most = kTogether>
+constexpr int kLeastOfSeveral = (Most + 1) / 2;
+
 // work(first, constant rows) for blocks of nearly equal height, `Most` at most.
-template <int Most = kTogether, class Work>
+template <int Most = kTogether, int Least = 1, class Work>
 TM_INLINE void in_row_blocks(int rows, const Work& work) {
   const int blocks = (rows + Most - 1) / Most;
   for (int b = 0; b < blocks; ++b) {
     const int first = rows * b / blocks;
-    with_rows<Most>(rows * (b + 1) / blocks - first, [&](auto height) { work(first, height); });
+    with_rows<Most, Least>(rows * (b + 1) / blocks - first, [&](auto height) { work(first, height); });
   }
 }
+
 
 // Lines of 16 columns with two inputs each, 16 to a step; distances in elements.
 template <class T>
@@ -199,11 +204,11 @@ TM_INLINE void dot_inputs(const float* x, int64_t stride, const float* weight, i
   }
 }
 
-// The same for both tiles, for any number of rows.
-template <class Between>
+// The same for both tiles, for any number of rows of which no block is lower than `Least`.
+template <int Least, class Between>
 inline void dot_inputs(const float* x, int64_t stride, const float* weight, int64_t in, int rows, float* sums,
                        const Between& between) {
-  in_row_blocks(rows, [&](int first, auto height) {
+  in_row_blocks<kTogether, Least>(rows, [&](int first, auto height) {
     constexpr int R = decltype(height)::value;
     constexpr int kTiles = kTilesAtOnce<R>;
     const float* inputs = x + first * stride;
@@ -235,7 +240,7 @@ inline void vector_product(const float* x, int64_t stride, const float* weight, 
   const int64_t chunk = rows > kTogether ? kNearInputs : in;
   for (int64_t k = 0; k < in; k += chunk) {
     const int64_t part = in - k < chunk ? in - k : chunk;
-    dot_inputs(x + k, stride, weight + k * kPair, part, rows, sums, Nothing{});
+    dot_inputs<1>(x + k, stride, weight + k * kPair, part, rows, sums, Nothing{});
   }
 }
 
@@ -255,8 +260,8 @@ inline void vector_product(const float* x, int64_t stride, const bf16* weight, i
   for (int64_t k = 0; k < steps; k += kFoldSteps) {
     const int64_t count = steps - k < kFoldSteps ? steps - k : kFoldSteps;
     for (int64_t i = 0; i < count; ++i) widen_step(weight + (k + i) * kStepElements, wide + i * kStep * kPair);
-    dot_inputs(x + k * kStep, stride, wide, count * kStep, rows, sums,
-               Beside<kStep, Between>{weight, k, between});
+    dot_inputs<kLeastOfSeveral<>>(x + k * kStep, stride, wide, count * kStep, rows, sums,
+                                  Beside<kStep, Between>{weight, k, between});
   }
 }
 
