@@ -59,7 +59,7 @@ serve: $(READY)
 	@exec $(BIN)/tokenmill serve $(call given,HOST,--host) $(call given,PORT,--port) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
