@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,13 @@ from tokenmill.engine.config import Quantization
 from tokenmill.engine.gpu_fp8 import Fp8Linear
 from tokenmill.engine.kernel_set import (
     Adjustments,
+    Convolve,
+    GatedNormalize,
     Lookup,
     Mixture,
     Normalize,
     Product,
+    Recur,
     ReferenceKernels,
     Router,
     Settings,
@@ -40,6 +43,7 @@ from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.linear_config import linear_config
 from tokenmill.kernels.gpu.quantize import stored
 from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS, NORM_WIDTH
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 
 SKINNY_ROWS = 64
 """Up to here a row's product has the same bits whatever the number of rows."""
@@ -72,6 +76,8 @@ class GpuKernels(ReferenceKernels):
         self.apply_penalties = gpu.apply_penalties
         self.apply_bitmask = gpu.apply_bitmask
         self.route = gpu.route
+        self.gate_mul = gpu.gate_mul
+        self.copy_states = gpu.copy_states
         self.paged_attention = self._attend
         self.rms_norm = self._rms_norm
         self.rope_store = self._rope_store
@@ -221,6 +227,27 @@ class GpuKernels(ReferenceKernels):
             gpu.mixture, gate_up=held[0], down=held[1], activation=activation, tile_rows=tile, **biases
         )
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
+
+    # ---------------------------------------------------------------- layers that carry a state
+
+    def make_conv(self, conv: Conv) -> Convolve:
+        bias = None if conv.bias is None else conv.bias.float().contiguous()
+        held = replace(conv, weight=conv.weight.T.float().contiguous(), bias=bias)
+        return lambda x, state, rows: gpu.causal_conv(_rowwise(x), held, state, rows)
+
+    def make_recurrence(self, rule: Rule) -> Recur:
+        vectors = {
+            name: None if vector is None else vector.float().contiguous()
+            for name, vector in (("rate", rule.rate), ("step_bias", rule.step_bias), ("skip", rule.skip))
+        }
+        held = replace(rule, **vectors)
+        return lambda x, gates, state, rows: gpu.recur(_rowwise(x), _rowwise(gates), held, state, rows)
+
+    def make_gated_norm(self, norm: GatedNorm) -> GatedNormalize:
+        held = replace(norm, weight=norm.weight.contiguous())
+        return lambda x, gate: gpu.gated_norm(_rowwise(x), _rowwise(gate), held)
+
+    # ---------------------------------------------------------------- the vocabulary's rows
 
     def make_embedding(self, weight: Weight, head: Product | None) -> Lookup:
         table = join([weight])

@@ -1,4 +1,5 @@
-"""The CUDA kernels, in Triton. Each function has the signature of its twin in `kernels/reference.py`.
+"""The CUDA kernels, in Triton. Each function has the signature of its twin in `kernels/reference.py`
+or `kernels/recurrent.py`.
 
 Names are loaded at first use, so this package can be imported where Triton isn't installed; using one then
 raises ImportError with one line.
@@ -57,6 +58,11 @@ _HOMES = {
     "check_toolchain": "jit",
     "route": "moe_routing",
     "mixture": "moe",
+    "causal_conv": "recurrent",
+    "recur": "recurrent",
+    "gated_norm": "recurrent",
+    "gate_mul": "recurrent",
+    "copy_states": "recurrent",
 }
 
 __all__ = sorted(_HOMES)
