@@ -25,9 +25,24 @@ from tokenmill.kernels.gpu.offline import META, CompiledKernel, compiling_for
 from tokenmill.kernels.gpu.overlap import overlapping_launches
 from tokenmill.kernels.gpu.quantize import QuantizedWeight
 from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
 Step = tuple[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class StateShapes:
+    """A kind of layer that carries a state: its convolution's, and its recurrence's where it has `heads`."""
+
+    taps: int = 4
+    bias: bool = False
+    gated: bool = False
+    key_heads: int = 0
+    heads: int = 0
+    key_size: int = 128
+    value_size: int = 128
+    delta: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,7 @@ class ModelShapes:
     routing: Routing | None = None
     """How experts are chosen, where it isn't the plain way."""
     expert_biases: bool = False
+    states: tuple[StateShapes, ...] = ()
     quantization: str | None = None
     batches: tuple[int, ...] = (1, 2, 16, 32, 128)
 
@@ -186,6 +202,38 @@ def _cache_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         yield f"attention, prefill, window {window}", prefill
 
 
+def _state_steps(shapes: ModelShapes, state: StateShapes, make: _Dummies, rows: int) -> Iterator[Step]:
+    """The kernels of a layer that carries a state, for `rows` tokens of as many sequences."""
+    floats, dtype, width = make.floats, shapes.dtype, state.heads * state.value_size
+    rule = Rule(
+        state.key_heads, state.heads, state.key_size, state.value_size, floats(state.heads), floats(state.heads),
+        state.delta, skip=None if state.delta else floats(state.heads),
+    )  # fmt: skip
+    channels = rule.width if state.heads else shapes.hidden
+    conv = Conv(
+        floats(state.taps, channels),
+        floats(channels) if state.bias else None,
+        None if state.gated else "silu",
+        state.gated,
+    )
+    x = make.of(rows, 3 * channels if state.gated else channels + width, dtype=dtype)
+    whose = make.longs(rows), make.ints(rows), make.ints(rows + 1)
+    inputs = make.of(rows, state.taps - 1, channels, dtype=dtype)
+    yield "causal_conv", lambda: gpu.causal_conv(x, conv, inputs, whose)
+    yield "copy_states", lambda: gpu.copy_states(inputs, make.longs(1), make.longs(1))
+    if state.heads:
+        mixed, gates = (
+            make.of(rows, channels, dtype=dtype),
+            floats(rows, (2 if state.delta else 1) * state.heads),
+        )
+        held = floats(rows, state.heads, state.key_size, state.value_size)
+        yield "recur", lambda: gpu.recur(mixed, gates, rule, held, whose)
+        read, size = make.of(rows, width, dtype=dtype), state.value_size if state.delta else width
+        norm = GatedNorm(make.of(size, dtype=dtype), 1e-6, size, gate_first=not state.delta)
+        yield "gated_norm", lambda: gpu.gated_norm(read, x, norm)
+        yield "gate_mul", lambda: gpu.gate_mul(read, read)
+
+
 def _sampler_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Step]:
     """Everything from logits to tokens."""
     logits = make.of(rows, shapes.vocabulary, dtype=shapes.logits_dtype)
@@ -220,6 +268,8 @@ def compile_all(
     steps: list[Step] = []
     for rows in shapes.batches:
         steps += [*_layer_steps(shapes, make, rows), *_cache_steps(shapes, make, rows)]
+        for state in shapes.states:
+            steps += _state_steps(shapes, state, make, rows)
     steps += _sampler_steps(shapes, make, max(shapes.batches))
     for done, (name, step) in enumerate(steps):
         if progress is not None:
@@ -239,8 +289,19 @@ _GLM_AIR = ModelShapes(
     heads=96, experts=128, experts_per_token=8, intermediate=1408, batches=(2,),
     routing=Routing(8, scoring="sigmoid", groups=4, top_groups=2, scale=2.5),
 )  # fmt: skip
+_DELTA = StateShapes(key_heads=16, heads=16)
+_STATES = (
+    _DELTA,
+    StateShapes(key_heads=1, heads=48, value_size=64, delta=False, bias=True),
+    StateShapes(taps=3, gated=True),
+)
+"""Those of Qwen3.5, Granite 4 and LFM2."""
+_QWEN35 = ModelShapes(
+    hidden=1024, heads=8, kv_heads=2, size=256, value_size=256, rotary=32, intermediate=3584, vocabulary=248320,
+    qk_norm=True, norm_offset=1.0, states=(_DELTA,), batches=(1, 32),
+)  # fmt: skip
 _OFFLINE = (
-    ModelShapes(batches=(1, 32, 128)),
+    ModelShapes(batches=(1, 32, 128), states=_STATES),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 32, 64, 256, 4096)),
     ModelShapes(size=64, value_size=64, rotary=32, quantization="fp8", cache_dtype=FP8, batches=(1, 128)),
     ModelShapes(size=80, value_size=80, rotary=16, quantization="int8", batches=(1,)),
@@ -253,9 +314,10 @@ _OFFLINE = (
     _EXPERTS,
     _GPT_OSS,
     _GLM_AIR,
+    _QWEN35,
 )
 _QUICK = (
-    ModelShapes(batches=(1, 32)),
+    ModelShapes(batches=(1, 32), states=_STATES),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 4096)),
     _EXPERTS,
     _GPT_OSS,

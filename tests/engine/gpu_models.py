@@ -28,9 +28,9 @@ def checkpoint(model_type: str = "llama") -> str:
     return str(tiny(model_type, layers=1, hidden=32))
 
 
-def make(graphs: bool, model_type: str = "llama", **settings: object) -> LLM:
+def make(graphs: bool, model_type: str = "llama", source: str | None = None, **settings: object) -> LLM:
     options: dict[str, object] = {"max_context": 64, "num_blocks": 24, "max_batch": 4, "dtype": "float32"}
-    llm = LLM(checkpoint(model_type), **{**options, **settings})
+    llm = LLM(source or checkpoint(model_type), **{**options, **settings})
     assert llm.engine.runner.kernels.name == "triton"
     if graphs:
         llm.engine.runner.make_graphs(record)
@@ -46,11 +46,13 @@ def shared(graphs: bool) -> LLM:
 
 
 @cache
-def on_cpu(model_type: str = "llama") -> LLM:
+def on_cpu(model_type: str = "llama", source: str | None = None) -> LLM:
     """A shared engine on the CPU's own kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TOKENMILL_KERNELS", raising=False)
-        return LLM(checkpoint(model_type), max_context=64, num_blocks=24, max_batch=4, dtype="float32")
+        return LLM(
+            source or checkpoint(model_type), max_context=64, num_blocks=24, max_batch=4, dtype="float32"
+        )
 
 
 def texts(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:

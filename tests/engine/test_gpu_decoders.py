@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from gpu_models import FULL, GREEDY, PROMPTS, SEEDED, make, on_cpu, shared, texts
+from checkpoints import tiny
+from gpu_models import (
+    FULL,
+    GREEDY,
+    PROMPTS,
+    SEEDED,
+    make,
+    on_cpu,
+    shared,
+    texts,
+)
 from torch import Tensor
 
 from tokenmill.bench.gpu_models import SHAPES, load_random, shrunk
@@ -65,6 +76,31 @@ def test_other_decoders(model_type: str) -> None:
     ours = make(True, model_type, max_batch=2)
     assert "fused decoder" in ours.engine.runner.forward.name
     assert texts(ours, [GREEDY, SEEDED]) == texts(on_cpu(model_type), [GREEDY, SEEDED])
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "qwen3_5_text",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("granitemoehybrid", "lfm2", "qwen3_next", "olmo_hybrid", "bamba", "lfm2_moe")
+        ),
+    ],
+)
+def test_layers_that_carry_a_state(model_type: str) -> None:
+    """Beside attention: prompts in chunks, then captured steps with a padding row, and a fork that copies states."""
+    source, prompts = str(tiny(model_type, hidden=32)), [[7, 3, 250, 99, 101], [9, 300]]
+    two = SamplingParams(temperature=1, seed=2, n=2, max_tokens=3, ignore_eos=True)
+
+    def found(llm: LLM) -> list[list[list[int]]]:
+        llm.engine.scheduler.max_batch_tokens = 4
+        outputs = llm.generate(prompts, [replace(GREEDY, max_tokens=3), two])
+        return [[choice.token_ids for choice in output.choices] for output in outputs]
+
+    ours = make(True, source=source)
+    assert "fused decoder" in ours.engine.runner.forward.name
+    assert found(ours) == found(on_cpu(source=source))
 
 
 def test_a_models_own_code_runs_on_these_kernels(plain: LLM) -> None:

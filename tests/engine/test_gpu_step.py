@@ -27,4 +27,5 @@ def test_a_decode_step_compiles_and_never_asks_the_device() -> None:
     assert {
         "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel", "prefill_kernel",
         "adjust_kernel", "threshold_kernel", "choose_kernel", "activation_mul_kernel",
+        "conv_kernel", "recur_kernel", "gated_norm_kernel", "gate_mul_kernel",
     } <= set(found["kernels"])  # fmt: skip

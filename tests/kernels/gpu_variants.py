@@ -10,12 +10,27 @@ import json
 from collections import Counter
 
 import torch
+from torch import Tensor
 
 from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu import jit
 from tokenmill.kernels.gpu.offline import compiling_for
+from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 
 HEADS, KV_HEADS, SIZE = 8, 2, 64
+
+
+def carry(lines: Tensor, lengths: Tensor, starts: Tensor, tokens: int) -> None:
+    """A layer that carries a state."""
+    heads = torch.zeros(HEADS)
+    rule = Rule(KV_HEADS, HEADS, SIZE, SIZE, heads, heads, delta=True)
+    x, states = torch.zeros(tokens, rule.width, dtype=torch.bfloat16), torch.zeros(9, HEADS, SIZE, SIZE)
+    inputs = torch.zeros(9, 3, rule.width, dtype=torch.bfloat16)
+    rows = lines, lengths, starts
+    gpu.causal_conv(x, Conv(torch.zeros(4, rule.width), None, "silu"), inputs, rows)
+    read = gpu.recur(x, torch.zeros(tokens, 2 * HEADS), rule, states, rows)
+    gpu.gated_norm(read, x, GatedNorm(torch.zeros(SIZE), 1e-6, SIZE))
+    gpu.gate_mul(read, read)
 
 
 def main() -> None:
@@ -29,6 +44,7 @@ def main() -> None:
                 query = torch.zeros(decodes + 8 * prompts, HEADS, SIZE, dtype=torch.bfloat16)
                 table, lengths = torch.zeros(rows, 3, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
                 starts = torch.zeros(rows + 1, dtype=torch.int32)
+                carry(torch.arange(rows + decodes)[decodes:], lengths, starts, len(query))
                 gpu.paged_attention(query, cache, cache, table, lengths, starts, scale=0.1, decodes=decodes)
     print(json.dumps(Counter(kernel.name for kernel in compiled)))
 

@@ -36,7 +36,8 @@ def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
         "plan_kernel", "decode_kernel", "tiles_kernel", "prefill_kernel", "adjust_kernel", "bias_kernel",
         "bitmask_kernel", "threshold_kernel", "keep_kernel", "choose_kernel", "logprobs_kernel",
         "linear_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "route_kernel", "count_kernel",
-        "lay_out_kernel", "expert_kernel", "sum_kernel",
+        "lay_out_kernel", "expert_kernel", "sum_kernel", "conv_kernel", "recur_kernel", "gated_norm_kernel",
+        "gate_mul_kernel", "copy_states_kernel",
     }  # fmt: skip
     assert {kernel["name"] for kernel in kernels} == expected
 
@@ -53,7 +54,8 @@ def test_overlapping_kernels_wait_before_they_read(kernels: list[dict[str, Any]]
     waiting = {kernel["name"] for kernel in kernels if kernel["overlap"] and kernel["waits"]}
     assert waiting >= {
         "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel",
-        "activation_mul_kernel", "store_kernel", "quantize_rows_kernel", "fp8_linear_kernel",
+        "activation_mul_kernel", "store_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "conv_kernel",
+        "recur_kernel", "gated_norm_kernel", "gate_mul_kernel", "copy_states_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert not kernel["reads_before_wait"], kernel
@@ -124,5 +126,6 @@ def test_steps_of_other_sizes_need_no_other_variants() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == {
-        "plan_kernel": 1, "decode_kernel": 1, "tiles_kernel": 1, "prefill_kernel": 1,
+        "plan_kernel": 1, "decode_kernel": 1, "tiles_kernel": 1, "prefill_kernel": 1, "conv_kernel": 1,
+        "recur_kernel": 1, "gated_norm_kernel": 1, "gate_mul_kernel": 1,
     }  # fmt: skip

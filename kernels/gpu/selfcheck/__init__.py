@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from tokenmill.kernels.gpu.selfcheck import attention, fp8, graph, products, sampling
+from tokenmill.kernels.gpu.selfcheck import attention, fp8, graph, products, sampling, states
 from tokenmill.kernels.gpu.selfcheck.trial import CheckResult, Trial, make_trial
 
 _Group = Callable[[Trial], Iterator[CheckResult]]
@@ -28,6 +28,7 @@ _EVERYWHERE: dict[str, _Group] = {
     "linears": products.linears,
     "fp8": fp8.epilogues,
     "experts": products.experts,
+    "states": states.states,
 }
 _ON_A_CHIP: dict[str, _Group] = {"graph": graph.graph, "overlap": graph.overlap, "fp8_crowds": fp8.crowds}
 
