@@ -236,11 +236,13 @@ class GpuKernels(ReferenceKernels):
         return lambda x, state, rows: gpu.causal_conv(_rowwise(x), held, state, rows)
 
     def make_recurrence(self, rule: Rule) -> Recur:
-        vectors = {
-            name: None if vector is None else vector.float().contiguous()
-            for name, vector in (("rate", rule.rate), ("step_bias", rule.step_bias), ("skip", rule.skip))
-        }
-        held = replace(rule, **vectors)
+        skip = None if rule.skip is None else rule.skip.float().contiguous()
+        held = replace(
+            rule,
+            rate=rule.rate.float().contiguous(),
+            step_bias=rule.step_bias.float().contiguous(),
+            skip=skip,
+        )
         return lambda x, gates, state, rows: gpu.recur(_rowwise(x), _rowwise(gates), held, state, rows)
 
     def make_gated_norm(self, norm: GatedNorm) -> GatedNormalize:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -91,11 +90,12 @@ def test_other_decoders(model_type: str) -> None:
 def test_layers_that_carry_a_state(model_type: str) -> None:
     """Beside attention: prompts in chunks, then captured steps with a padding row, and a fork that copies states."""
     source, prompts = str(tiny(model_type, hidden=32)), [[7, 3, 250, 99, 101], [9, 300]]
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     two = SamplingParams(temperature=1, seed=2, n=2, max_tokens=3, ignore_eos=True)
 
     def found(llm: LLM) -> list[list[list[int]]]:
         llm.engine.scheduler.max_batch_tokens = 4
-        outputs = llm.generate(prompts, [replace(GREEDY, max_tokens=3), two])
+        outputs = llm.generate(prompts, [greedy, two])
         return [[choice.token_ids for choice in output.choices] for output in outputs]
 
     ours = make(True, source=source)
