@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from gpu_models import (
 from torch import Tensor
 
 from tokenmill.bench.gpu_models import SHAPES, load_random, shrunk
-from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine import LLM, SamplingParams, snapshots
 from tokenmill.engine.config import EngineConfig, Quantization
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.forward import PagedForward
@@ -101,6 +102,24 @@ def test_layers_that_carry_a_state(model_type: str) -> None:
     ours = make(True, source=source)
     assert "fused decoder" in ours.engine.runner.forward.name
     assert found(ours) == found(on_cpu(source=source))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5_text", "granitemoehybrid"])
+def test_states_are_taken_up_from_copies(model_type: str) -> None:
+    """Made after captured steps, too, and while a step ahead is launched already."""
+    source = str(tiny(model_type, hidden=32))
+    ours, plain = make(True, source=source, overlap=True), on_cpu(source=source)
+    long = SamplingParams(temperature=0, max_tokens=18, ignore_eos=True)
+    with mock.patch.object(snapshots, "LEAST", 16):
+        prompt = [*range(40, 60)]
+        for more in ([], [7, 8]):
+            prompt = prompt + more
+            found, wanted = (one.generate([prompt], long)[0].choices[0].token_ids for one in (ours, plain))
+            assert found == wanted
+            prompt += found
+    assert ours.engine.scheduler.states is not None
+    assert ours.engine.scheduler.states.known > 1
 
 
 def test_a_models_own_code_runs_on_these_kernels(plain: LLM) -> None:
