@@ -102,7 +102,7 @@ class PagedForward:
         snapshots = kv_cache.count_snapshots(
             config, layers, model.dtype, model.device, model.size.weight_bytes
         )
-        make_cache = partial(make_cache, sequences=config.max_batch + snapshots)
+        self._sequences = config.max_batch + snapshots
         self._cache = make_cache(num_blocks=PROFILE_BLOCKS)
         activations = self._profile(model, config) if model.device.type == "cuda" else 0
         self._cache = kv_cache.KVCache([])
@@ -111,7 +111,7 @@ class PagedForward:
         block_bytes = token_bytes * self._block_size
         history = kv_cache.history(config, model.device, block_bytes, model.size.weight_bytes)
         self.capacity = Capacity(num_blocks, self._block_size, token_bytes, history, snapshots)
-        self._cache = make_cache(num_blocks=num_blocks)
+        self._cache = make_cache(num_blocks=num_blocks, sequences=self._sequences)
         self._touches = self._cache.touches()
         self._speed_up(dtype)
 
@@ -119,8 +119,9 @@ class PagedForward:
         self, model: LoadedModel, config: EngineConfig, dtype: torch.dtype, activations: int
     ) -> int:
         """How many blocks the cache has; raises MemoryError where there is no room for one."""
+        aside = activations + (self._sequences + 1) * kv_cache.state_bytes(self._layers, model.dtype)
         return kv_cache.count_blocks(
-            config, self._layers, dtype, model.device, model.max_context, self._block_size, activations
+            config, self._layers, dtype, model.device, model.max_context, self._block_size, aside
         )
 
     def _speed_up(self, dtype: torch.dtype) -> None:
@@ -160,13 +161,16 @@ class PagedForward:
         return peak
 
     def _run_dry(self, counts: Sequence[int], device: torch.device) -> None:
-        """A step of sequences that are so many tokens long, single ones first; all is written to block 0."""
+        """A step of sequences that are so many tokens long, single ones first.
+
+        All is written to block 0, and to the states of nobody.
+        """
         zeros = torch.zeros(sum(counts), dtype=torch.int64, device=device)
         lengths = torch.tensor(counts, dtype=torch.int32, device=device)
         starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         width = -(-max(counts) // self._block_size)
         table = torch.zeros(len(counts), width, dtype=torch.int32, device=device)
-        lines = torch.arange(len(counts), device=device)
+        lines = torch.zeros(len(counts), dtype=torch.int64, device=device)
         metadata = self._metadata(zeros, table, lengths, starts, sum(count == 1 for count in counts), lines)
         self._logits(zeros, zeros, metadata, starts[1:].long() - 1)
 

@@ -65,12 +65,12 @@ def count_blocks(
     device: torch.device,
     max_context: int,
     block_size: int,
-    activations: int = 0,
+    aside: int = 0,
 ) -> int:
     """How many blocks to allocate: as configured, else what the memory holds, never more than is of use.
 
-    `activations` bytes of a GPU's free memory are left for the largest step. Of `kv_cache.gib` each rank takes its
-    part.
+    `aside` bytes of a GPU's free memory are left for the largest step, and for states. Of `kv_cache.gib` each rank
+    takes its part.
     """
     if config.num_blocks is not None:
         return config.num_blocks
@@ -78,10 +78,7 @@ def count_blocks(
     gib = config.kv_cache.gib
     if device.type == "cuda" and gib is None:
         free, _ = torch.cuda.mem_get_info(device)
-        available = free * config.kv_cache.memory_share - activations
-        available -= (config.max_batch + 1) * state_bytes(layers, dtype)
-        if config.kv_cache.prefix_cache:
-            available -= GPU_SNAPSHOTS * free
+        available = free * config.kv_cache.memory_share - aside
     else:
         available = (CPU_GIB if gib is None else gib) * 2**30 / config.tensor_parallel
     useful = config.max_batch * -(-max_context // block_size)
