@@ -106,6 +106,20 @@ FAMILIES = {
 """By `general.architecture`. llama also is mistral."""
 
 
+def is_known(summary: GGUFSummary) -> bool:
+    """Whether every tensor of the file can be read here."""
+    family = FAMILIES.get(summary.architecture)
+    if family is None or any(x.kind not in PLAIN and x.kind not in BLOCKS for x in summary.tensors):
+        return False
+    try:
+        for tensor in summary.tensors:
+            if tensor.name not in IN_CONFIG:
+                checkpoint_name(tensor.name, family)
+    except LoadError:
+        return False
+    return True
+
+
 def check_family(summary: GGUFSummary) -> Family:
     """The file's family; raises LoadError where its blocks can't be kept."""
     family = FAMILIES.get(summary.architecture)

@@ -4,8 +4,10 @@
                                                   /bfloat16/       config.json, *.safetensors, tokenizer files
                                                   /description/    the same without weights, which stay in blocks
 
-Reading a GGUF file that way unpacks every block in Python and takes seconds to minutes; the folder loads by
-memory map. Older entries of the same path are removed when a new one is written.
+Unpacking a file's blocks takes seconds to minutes; the folder loads by memory map. Config and tokenizer are what
+transformers' reader says they are; so are the weights of families that `gguf.py` doesn't know, all others are
+unpacked here, since that reader takes ten times as long for the same values. Older entries of the same path are
+removed when a new one is written.
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
+from torch import Tensor
 
+from tokenmill.engine import gguf
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file, write_folder
-from tokenmill.engine.gguf import read_values
 from tokenmill.engine.load_error import LoadError, first_line
+from tokenmill.engine.model_class import causal_lm_class
 from tokenmill.engine.progress import Progress, quiet
 from tokenmill.engine.weight_files import GGUFSummary, read_gguf_header
+from tokenmill.engine.weights import read_weights
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 2
@@ -73,14 +79,25 @@ def converted_folder(file: Path, dtype: torch.dtype) -> Path | None:
 def convert(
     file: Path, dtype: torch.dtype, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Unpack `file` with transformers' reader: (model in `dtype` on the CPU, tokenizer). Raises LoadError."""
+    """Unpack `file`: (model in `dtype` on the CPU, tokenizer). Raises LoadError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    summary = read_summary(file)
+    known = gguf.is_known(summary)
     with _reading(file, "converting the GGUF file (first start only)", progress) as where:
         config, tokenizer = _describe(where, file)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **where, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
+        if not known:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                **where, config=config, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
+    if known:
+        model_class, own = causal_lm_class(config)
+        weights = gguf.read_tensors(file, summary, own, dtype)
+        tensors = {
+            name: each if isinstance(each, Tensor) else each.values() for name, each in weights.items()
+        }
+        cpu = torch.device("cpu")
+        model = read_weights(None, model_class, own, cpu, dtype, progress, paged=False, tensors=tensors)
     # What is left of the reader must not be written into the folder's config.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -116,7 +133,8 @@ def _reading(file: Path, stage: str, progress: Progress) -> Iterator[dict[str, A
     summary = read_summary(file)
     progress(stage, None)
     try:
-        with quiet(stage, progress), redirect_stderr(io.StringIO()):  # the reader draws a bar of its own
+        # The reader draws a bar of its own.
+        with quiet(stage, progress), redirect_stderr(io.StringIO()), _one_reader():
             yield {
                 "pretrained_model_name_or_path": str(file.parent),
                 "gguf_file": file.name,
@@ -130,13 +148,25 @@ def _reading(file: Path, stage: str, progress: Progress) -> Iterator[dict[str, A
         ) from None
 
 
+@contextmanager
+def _one_reader() -> Iterator[None]:
+    """Each of transformers' parts makes a reader, which goes through half a vocabulary: here they share one."""
+    package: Any = import_module("gguf")
+    plain = package.GGUFReader
+    package.GGUFReader = cache(plain)
+    try:
+        yield
+    finally:
+        package.GGUFReader = plain
+
+
 def _describe(where: dict[str, Any], file: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     from transformers import AutoConfig, AutoTokenizer
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(**where)
     summary = read_summary(file)
     _count_hidden(config, summary)
-    divisors = read_values(file, summary, "rope_freqs.weight")
+    divisors = gguf.read_values(file, summary, "rope_freqs.weight")
     if divisors is not None:
         _divide_frequencies(config, divisors.tolist())
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where)

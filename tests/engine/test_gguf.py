@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import eager_model
+from checkpoints import eager_model, tiny
 from gguf_files import ARCHITECTURES, Q4_1, gguf_of, unpacked_model
+from safetensors.torch import load_file
 
-from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine import LLM, SamplingParams, gguf, gguf_cache
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.tiny import make_tiny
 from tokenmill.engine.weight_files import read_gguf_header
@@ -54,6 +55,30 @@ def test_equals_what_transformers_unpacks(model_type: str, tmp_path: Path) -> No
     llm = packed(file)
     assert llm.engine.runner.forward.name == "fused decoder, cpu kernels"
     check_greedy(llm, unpacked_model(file))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_converted_file_holds_what_transformers_unpacks(model_type: str, tmp_path: Path) -> None:
+    kinds = {EMBEDDING: "Q8_0", "lm_head.weight": "Q4_0", Q4_1: "Q4_1"}
+    file = gguf_of(model_type, tmp_path / "model.gguf", kinds, **AS_PUBLISHED.get(model_type, {}))
+    assert gguf.is_known(gguf_cache.read_summary(file))
+    model, _ = gguf_cache.convert(file, torch.float32, lambda stage, share: None)
+    wanted = unpacked_model(file).state_dict()
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_file_with_a_tensor_of_unknown_use_is_left_to_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = gguf_of("llama", tmp_path / "model.gguf", extra={"rope_factors_long.weight": torch.ones(8)})
+    assert not gguf.is_known(gguf_cache.read_summary(file))
+    monkeypatch.setattr(gguf_cache, "read_weights", None)
+    model, _ = gguf_cache.convert(file, torch.float32, lambda stage, share: None)
+    stored = load_file(tiny("llama") / "model.safetensors")
+    assert torch.equal(model.model.norm.weight, stored["model.norm.weight"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
