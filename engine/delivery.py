@@ -15,7 +15,8 @@ from tokenmill.engine.model_runner import Draw, Result, Run
 from tokenmill.engine.ngram_proposer import MATCH, Proposer
 from tokenmill.engine.request import Sequence, Status
 from tokenmill.engine.sampler import Sampler
-from tokenmill.engine.scheduler import Chunk, Scheduler
+from tokenmill.engine.scheduler import Scheduler
+from tokenmill.engine.step import Chunk
 
 NO_LOGITS = "the model produced no finite logits"
 

@@ -23,14 +23,16 @@ from tokenmill.engine.delivery import Delivery
 from tokenmill.engine.forward import build_forward
 from tokenmill.engine.grammar import GrammarCompiler, GrammarError
 from tokenmill.engine.grammar_queue import GrammarQueue
+from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import Add, Delta, Ready, Stats
 from tokenmill.engine.model_runner import ModelRunner, Result, Run
 from tokenmill.engine.rank_link import RanksLost
 from tokenmill.engine.request import make_sequences
 from tokenmill.engine.sampling_params import random_seed
-from tokenmill.engine.scheduler import Scheduler, Step
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.snapshots import Snapshots
+from tokenmill.engine.step import Step
 
 if TYPE_CHECKING:
     from tokenmill.engine.team import Team
@@ -88,6 +90,11 @@ class Engine:
             self._select_device()
             build = build_forward if self._team is None else self._team.build_forward
             self.runner = ModelRunner(self.model, config, build)
+            if config.speculation_ngram and not self.runner.forward.shares_prefixes:
+                raise LoadError(
+                    f"{config.source}: speculation.ngram isn't possible: a {self.model.model_type} "
+                    "can't take wrong drafts back; leave it out"
+                )
         except BaseException:
             self.close()
             raise

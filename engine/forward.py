@@ -27,8 +27,8 @@ from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.scheduler import Step
 from tokenmill.engine.sequential import SequentialModel
+from tokenmill.engine.step import Step
 
 PROFILE_TOKENS = 8192
 PROFILE_BLOCKS = 1

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tokenmill.engine.kernel_set import Settings
 from tokenmill.engine.request import Sequence
-from tokenmill.engine.scheduler import Chunk, Step
 from tokenmill.engine.staging import Staging
+from tokenmill.engine.step import Chunk, Step
 
 
 @dataclass(slots=True)

@@ -62,7 +62,10 @@ def causal_lm_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], Pr
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     from transformers.models.auto import modeling_auto
 
-    for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    # What has an encoder of its own beside a decoder, or no words at all, doesn't complete text.
+    writes = not config.is_encoder_decoder and hasattr(config.get_text_config(decoder=True), "vocab_size")
+    joint = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM") if writes else ()
+    for task in ("CAUSAL_LM", *joint):
         classes = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING", {})
         if type(config) in classes:
             found: Any = classes[type(config)]

@@ -29,8 +29,8 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import PromptLogprobs, TopLogprobs
 from tokenmill.engine.request import Sequence
 from tokenmill.engine.sampler import Sampled, Sampler
-from tokenmill.engine.scheduler import Step
 from tokenmill.engine.staging import Fetched
+from tokenmill.engine.step import Step
 
 BuildForward = Callable[[LoadedModel, EngineConfig, ReferenceKernels], Forward]
 SCORE_BYTES = 1 << 28

@@ -32,9 +32,9 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.rank_link import NoRoom, RanksLost, RankStep
 from tokenmill.engine.ranks import Ranks
-from tokenmill.engine.scheduler import Step
 from tokenmill.engine.shard import Share, shard
 from tokenmill.engine.staging import Staging
+from tokenmill.engine.step import Step
 
 
 class Together:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.request import Sequence, Status
-from tokenmill.engine.scheduler import Step
+from tokenmill.engine.step import Step
 
 logger = logging.getLogger("tokenmill.engine")
 CACHE_NAMES = ("past_key_values", "cache_params", "state")

@@ -14,7 +14,7 @@ from tokenmill.engine import LLM, SamplingParams
 from tokenmill.engine.engine import Engine, InvalidRequest
 from tokenmill.engine.input_batch import StepInputs
 from tokenmill.engine.messages import Add, Delta
-from tokenmill.engine.scheduler import Step
+from tokenmill.engine.step import Step
 from tokenmill.engine.tiny import make_tiny
 
 PROMPT = list(range(10, 40))

@@ -132,12 +132,16 @@ def test_a_sequence_begins_without_what_its_slot_held() -> None:
     assert tokens_of(llm, ids) == found
 
 
-def test_drafts_are_not_made() -> None:
+def test_drafts_are_not_made_of_a_prediction_and_refused_as_a_setting() -> None:
     """What a wrong draft did to a state could not be taken back."""
-    llm = engine_of("qwen3_5_text", speculation_ngram=True)
-    ids = [[7, 8, 9] * 8]
-    require_greedy("qwen3_5_text", ids, tokens_of(llm, ids))
-    assert llm.engine.scheduler.draft_rows == 0
+    llm = engine_of("qwen3_5_text")
+    prompt = [7, 8, 9] * 8
+    (output,) = llm.generate([prompt], GREEDY, predictions=[[1, 2, 3]])
+    require_greedy("qwen3_5_text", [prompt], [output.choices[0].token_ids])
+    assert (output.accepted_drafts, output.rejected_drafts) == (0, 0)
+    for fused_decoder in (True, False):
+        with pytest.raises(LoadError, match=r"speculation\.ngram"):
+            engine_of("qwen3_5_text", speculation_ngram=True, fused_decoder=fused_decoder)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "granitemoehybrid"])

@@ -19,8 +19,9 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.messages import Add
 from tokenmill.engine.request import Sequence, Status, make_sequences
 from tokenmill.engine.sampling_params import SamplingParams
-from tokenmill.engine.scheduler import Chunk, Scheduler, Step
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.snapshots import Snapshots
+from tokenmill.engine.step import Chunk, Step
 
 SIZE = 4
 

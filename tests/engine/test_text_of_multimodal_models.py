@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import load, tiny
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tokenmill.engine import LLM, SamplingParams
+from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.model_class import causal_lm_class, read_config
 
 FUSED = (
@@ -34,6 +37,14 @@ def test_greedy_text_is_transformers(model_type: str) -> None:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([prompt + text]), use_cache=False).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == text
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "t5gemma2", "pi0"])
+def test_what_has_an_encoder_or_no_words_is_refused(model_type: str) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    assert type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    with pytest.raises(LoadError, match=f"a {model_type} is no causal language model"):
+        causal_lm_class(config)
 
 
 def test_what_pictures_go_through_is_no_part_of_a_step() -> None:
