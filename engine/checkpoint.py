@@ -40,7 +40,10 @@ HUB_FILES = [
 ]
 HUB_OTHERS = ["*/*.safetensors", "consolidated*", "*.bin", "*.onnx*"]
 MXFP4 = "mxfp4"
-"""gpt-oss's packing of its experts: the one that is read, unpacked on the way."""
+"""gpt-oss's packing of its experts, which transformers unpacks."""
+PACKINGS = ("fp8", "compressed-tensors", "modelopt", "modelopt_fp4", "gptq", "awq")
+"""Those that packed_checkpoint.py unpacks."""
+BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -60,6 +63,8 @@ class Checkpoint:
     gguf_file: Path | None = None
     hub_id: str = ""
     """The repository's name when the files came from the Hub."""
+    packing: dict[str, Any] | None = None
+    """`quantization_config` where the weights have to be unpacked (packed_checkpoint.py)."""
 
 
 def resolve(source: str, revision: str | None = None, progress: Progress = _silent) -> Checkpoint:
@@ -154,7 +159,7 @@ def _check_folder(source: str, folder: Path, hub_id: str) -> Checkpoint:
     config = _read_json(folder / "config.json", "a checkpoint's folder needs it beside its weights")
     _refuse_foreign(folder, config)
     tensors = {}
-    for file, expected in _weight_files(folder).items():
+    for file, expected in weight_files(folder).items():
         held = read_safetensors_header(file)
         absent = next((name for name in expected if name not in held), None)
         if absent is not None:
@@ -163,8 +168,10 @@ def _check_folder(source: str, folder: Path, hub_id: str) -> Checkpoint:
     largest = max(tensors.values(), key=lambda x: math.prod(x.shape), default=None)
     if largest is None:
         raise LoadError("its safetensors files hold no tensor")
-    stored = "MXFP4" if _packing(config) == MXFP4 else largest.dtype
-    return Checkpoint(source, folder, config, stored, hub_id=hub_id)
+    method = _packing(config)
+    stored = largest.dtype if method is None else str(method).upper()
+    packing = config["quantization_config"] if method in PACKINGS else None
+    return Checkpoint(source, folder, config, stored, hub_id=hub_id, packing=packing)
 
 
 def _refuse_foreign(folder: Path, config: dict[str, Any]) -> None:
@@ -183,9 +190,24 @@ def _refuse_foreign(folder: Path, config: dict[str, Any]) -> None:
         )
     if (folder / "adapter_config.json").exists():
         raise LoadError("adapter_config.json says that it is an adapter: merge it into its base model first")
-    method = _packing(config)
-    if method not in (None, MXFP4):
+    if _packing(config) not in (None, MXFP4):
+        _refuse_packing(config["quantization_config"])
+
+
+def _refuse_packing(settings: object) -> None:
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict) or method not in PACKINGS:
         raise LoadError(f"its weights are packed ({method}), which isn't read yet: take the unpacked one")
+    if settings.get("version", "gemm") != "gemm" and method == "awq":
+        raise LoadError(f"its weights are packed by AWQ's version {settings['version']}; only gemm is read")
+    bits = settings.get("bits", 4)
+    if bits not in BITS.get(str(method), (bits,)):
+        raise LoadError(f"its weights are packed ({method}) in {bits} bits, which isn't read")
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise LoadError(f"its weights are sparse ({sparsity}), which isn't read: take the dense one")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise LoadError("its activations are to be rotated (transform_config), which isn't done here")
 
 
 def _packing(config: dict[str, Any]) -> object:
@@ -194,7 +216,7 @@ def _packing(config: dict[str, Any]) -> object:
     return (packed.get("quant_method") if isinstance(packed, dict) else packed) or None
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
+def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The safetensors files to read, each with the tensors that the index expects in it."""
     if (folder / WEIGHTS).exists():
         return {folder / WEIGHTS: []}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokenmill.engine import attention, gguf, gguf_cache, guards
 from tokenmill.engine.block_weight import Blocks
-from tokenmill.engine.checkpoint import Checkpoint, resolve
+from tokenmill.engine.checkpoint import Checkpoint, resolve, weight_files
 from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
 from tokenmill.engine.kernel_choice import has_cpu_kernels
@@ -29,6 +29,7 @@ from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.model_class import causal_lm_class, read_config
 from tokenmill.engine.model_size import ModelSize, in_words, size_of
+from tokenmill.engine.packed_checkpoint import read_packed
 from tokenmill.engine.progress import Progress
 from tokenmill.engine.rope import context_limit, pin_rope, stretched_limit
 from tokenmill.engine.tokenizer_export import ending_ids, export_tokenizer, load_tokenizer_info
@@ -186,7 +187,13 @@ def _open_folder(
     model_class, own = causal_lm_class(full)
     verdict = guards.check(model_class, own)
     paged = verdict.refusal is None
-    module = read_weights(checkpoint.folder, model_class, own, device, dtype, progress, paged=paged)
+    if checkpoint.packing is None:
+        module = read_weights(checkpoint.folder, model_class, own, device, dtype, progress, paged=paged)
+    else:
+        tensors = read_packed(weight_files(checkpoint.folder), checkpoint.packing, dtype, progress)
+        cpu = torch.device("cpu")
+        module = read_weights(None, model_class, own, cpu, dtype, progress, paged=paged, tensors=tensors)
+        nn.Module.to(module, device)
     progress("reading the tokenizer", None)
     tokenizer = load_tokenizer_info(checkpoint.folder, full, checkpoint.hub_id)
     return _Opened(_frozen(module), tokenizer, verdict)

@@ -37,9 +37,11 @@ def read_weights(
 ) -> PreTrainedModel:
     """The module in `dtype` with its weights on `device`, all of them from `folder`; raises LoadError.
 
-    `paged`: with our attention, else with the type's own. Without a folder the weights are `tensors`.
+    `paged`: with our attention, else with the type's own. Without a folder the weights are `tensors`, unpacked.
     """
     attention.register()
+    if tensors is not None:
+        vars(config).pop("quantization_config", None)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -51,7 +53,7 @@ def read_weights(
         "output_loading_info": True,
         **({} if tensors is None else {"state_dict": tensors}),
     }
-    if getattr(config, "quantization_config", None) is not None:
+    if tensors is None and getattr(config, "quantization_config", None) is not None:
         from transformers.utils.quantization_config import Mxfp4Config
 
         options["quantization_config"] = Mxfp4Config(dequantize=True)

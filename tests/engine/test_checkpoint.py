@@ -90,7 +90,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config nested": (lambda x: (x / "config.json").write_text("[" * 10**5), "config.json is no JSON"),
     "config a list": (lambda x: (x / "config.json").write_text("[1]"), "config.json is no JSON object"),
     "adapter": (lambda x: (x / "adapter_config.json").write_text("{}"), "adapter_config.json"),
-    "packed": (lambda x: edit_json(x / "config.json", quantization_config={"quant_method": "gptq"}), "gptq"),
+    "packed": (
+        lambda x: edit_json(x / "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        "bitsandbytes",
+    ),
     "pickle": (only_pickle, "pytorch_model.bin may hold code"),
     "no weights": (lambda x: (x / WEIGHTS).unlink(), f"neither {WEIGHTS} nor {INDEX}"),
     "empty file": (lambda x: truncate(x / WEIGHTS, 0), f"{WEIGHTS} is truncated"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_json, load, refusal
+from checkpoints import load, refusal
 from mxfp4_files import gpt_oss_in_mxfp4
 from safetensors.torch import load_file, save_file
 
@@ -61,11 +61,3 @@ def test_missing_scales_are_refused(folders: tuple[Path, Path], tmp_path: Path) 
     del tensors["model.layers.0.mlp.experts.down_proj_scales"]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     assert "don't make a GptOssForCausalLM" in refusal(damaged) or "lack" in refusal(damaged)
-
-
-def test_other_packings_are_still_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from checkpoints import copy_of
-
-    other = copy_of(folders[0], tmp_path / "other")
-    edit_json(other / "config.json", quantization_config={"quant_method": "awq"})
-    assert "packed (awq)" in refusal(other)

@@ -1,0 +1,107 @@
+"""Checkpoints whose linear weights are packed hold the values that their packing stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import edit_json, load, refusal
+from packed_files import KINDS, packed
+from safetensors.torch import load_file, save_file
+
+from tokenmill.engine import LLM, SamplingParams
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_module_holds_what_the_packing_stands_for(kind: str, tmp_path: Path) -> None:
+    folder, plain = packed(kind, tmp_path)
+    found, wanted = load(folder, dtype="float32"), load(plain, dtype="float32")
+    assert found.module is not None
+    assert wanted.module is not None
+    expected = wanted.module.state_dict()
+    assert found.module.state_dict().keys() == expected.keys()
+    for name, tensor in found.module.state_dict().items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert found.verdict == wanted.verdict
+    assert found.copied
+
+
+@pytest.mark.parametrize(("kind", "model_type"), [("fp8", "qwen3_moe"), ("pack-quantized", "qwen3_moe")])
+def test_experts_are_gathered_from_packed_ones(kind: str, model_type: str, tmp_path: Path) -> None:
+    folder, plain = packed(kind, tmp_path, model_type)
+    found, wanted = load(folder, dtype="float32").module, load(plain, dtype="float32").module
+    assert found is not None
+    assert wanted is not None
+    expected = wanted.state_dict()
+    assert any("experts" in name for name in expected)
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_text_is_that_of_the_unpacked_checkpoint(
+    quantization: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENMILL_KERNELS", "torch" if quantization is None else "cpu")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    texts = []
+    for folder in packed("gptq", tmp_path):
+        llm = LLM(str(folder), dtype="float32", max_context=64, num_blocks=20, quantization=quantization)
+        texts.append([x.choices[0].token_ids for x in llm.generate([[5, 6, 7], [9]], params)])
+    assert texts[0] == texts[1]
+
+
+def test_its_own_dtype_is_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.engine.loader.computes_bfloat16", lambda device: True)
+    folder, _ = packed("awq", tmp_path)
+    model = load(folder)
+    assert model.dtype is torch.bfloat16
+    assert "bfloat16 (from AWQ) on cpu" in model.description
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [("fp8", "weight_scale_inv"), ("pack-quantized", "weight_shape"), ("awq", "qzeros")]
+)
+def test_missing_scales_are_refused_by_name(kind: str, end: str, tmp_path: Path) -> None:
+    folder, _ = packed(kind, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(x for x in sorted(tensors) if x.endswith(end))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    wanted = name.replace("_scale_inv", "_scale")
+    assert f"lack {wanted}" in refusal(folder)
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder, _ = packed("awq", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(x for x in sorted(tensors) if x.endswith("scales"))
+    tensors[name] = tensors[name][:, :-8].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "don't fit together" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quant_method": "bitsandbytes"}, "packed (bitsandbytes)"),
+        ({"quant_method": "gptq", "bits": 3}, "(gptq) in 3 bits"),
+        ({"quant_method": "awq", "version": "gemv"}, "version gemv"),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparse",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": {}}}},
+            "rotated (transform_config)",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder, _ = packed("fp8", tmp_path)
+    edit_json(folder / "config.json", quantization_config=changes)
+    assert words in refusal(folder)
