@@ -198,7 +198,7 @@ def _refuse_packing(settings: object) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if not isinstance(settings, dict) or method not in PACKINGS:
         raise LoadError(f"its weights are packed ({method}), which isn't read yet: take the unpacked one")
-    if settings.get("version", "gemm") != "gemm" and method == "awq":
+    if str(settings.get("version", "gemm")).lower() != "gemm" and method == "awq":
         raise LoadError(f"its weights are packed by AWQ's version {settings['version']}; only gemm is read")
     bits = settings.get("bits", 4)
     if bits not in BITS.get(str(method), (bits,)):
