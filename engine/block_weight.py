@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenmill.engine.group_weight import GroupExperts, GroupWeight
+
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
@@ -71,10 +73,11 @@ def _elements(blocks: Tensor, kind: str) -> int:
     return blocks.shape[-1] // width * elements
 
 
-Weight = Tensor | BlockWeight
-Experts = Tensor | ExpertBlocks
+Weight = Tensor | BlockWeight | GroupWeight
+Experts = Tensor | ExpertBlocks | GroupExperts
 """[X, out, in]"""
-Blocks = BlockWeight | ExpertBlocks
+Blocks = BlockWeight | ExpertBlocks | GroupWeight | GroupExperts
+"""What stays packed."""
 
 
 def full(experts: Experts) -> Tensor:
@@ -84,7 +87,7 @@ def full(experts: Experts) -> Tensor:
 
 def join(weights: Sequence[Weight]) -> Tensor:
     """One weight of all rows, in full."""
-    full = [weight.values() if isinstance(weight, BlockWeight) else weight for weight in weights]
+    full = [weight if isinstance(weight, Tensor) else weight.values() for weight in weights]
     return full[0] if len(full) == 1 else torch.cat(full)
 
 

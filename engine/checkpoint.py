@@ -64,7 +64,12 @@ class Checkpoint:
     hub_id: str = ""
     """The repository's name when the files came from the Hub."""
     packing: dict[str, Any] | None = None
-    """`quantization_config` where the weights have to be unpacked (packed_checkpoint.py)."""
+    """`quantization_config` where the weights are packed (packed_checkpoint.py)."""
+
+    @property
+    def method(self) -> str:
+        """How they are packed, for people; empty where they aren't."""
+        return str((self.packing or {}).get("quant_method", ""))
 
 
 def resolve(source: str, revision: str | None = None, progress: Progress = _silent) -> Checkpoint:
@@ -170,7 +175,7 @@ def _check_folder(source: str, folder: Path, hub_id: str) -> Checkpoint:
         raise LoadError("its safetensors files hold no tensor")
     method = _packing(config)
     stored = largest.dtype if method is None else str(method).upper()
-    packing = config["quantization_config"] if method in PACKINGS else None
+    packing = config["quantization_config"] if method in (MXFP4, *PACKINGS) else None
     return Checkpoint(source, folder, config, stored, hub_id=hub_id, packing=packing)
 
 

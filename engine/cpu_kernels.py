@@ -28,6 +28,7 @@ from tokenmill.kernels.cpu import attention, elementwise, mixture, recurrent, sa
 from tokenmill.kernels.cpu.linear import PackedLinear
 from tokenmill.kernels.cpu.mixture import PackedMixture
 from tokenmill.kernels.cpu.recurrent import PackedConv, PackedNorm, PackedRule
+from tokenmill.kernels.groups import Kind
 from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
@@ -37,6 +38,7 @@ class CpuKernels(ReferenceKernels):
 
     name = "cpu"
     quantizations = frozenset({"int8", "int4", "gguf"})
+    packings: frozenset[Kind] = frozenset({"int4", "fp4", "int8"})
 
     rope_store = staticmethod(elementwise.rope_store)
     rms_norm = staticmethod(elementwise.rms_norm)

@@ -4,6 +4,8 @@ None         as they come: bfloat16 or float32
 int8, int4   rounded as they are packed; the head to 8 bits either way, since few tokens' logits stand apart
              by less, and it is a large part of a small model. A router, whose choice is all or nothing, never
 gguf         the file's blocks with their integers as they are; what the file holds in full stays so
+
+A checkpoint that is packed otherwise (`Groups`) keeps its integers, too.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenmill.engine.block_weight import BlockWeight, ExpertBlocks, Experts, Weight, join_biases
+from tokenmill.engine.block_weight import BlockWeight, ExpertBlocks, Experts, Weight, full, join_biases
 from tokenmill.engine.config import Quantization
+from tokenmill.engine.group_weight import GroupExperts, GroupWeight, joined_groups
 from tokenmill.kernels.cpu import elementwise
 from tokenmill.kernels.cpu.linear import PackedLinear
-from tokenmill.kernels.cpu.quantized import QuantizedLinear, largest_scale, magnitude
+from tokenmill.kernels.cpu.quantized import QuantizedLinear, largest_factor, largest_scale, magnitude
+from tokenmill.kernels.groups import Groups
 
 BITS: dict[Quantization | None, int] = {"int8": 8, "int4": 4}
 HEAD_BITS = 8
@@ -59,7 +63,10 @@ def pack(
 ) -> CpuProduct:
     """One product over the rows of all `weights`; `gate`: they are gate and up rows, act(gate) * up results."""
     bits = BITS.get(quantization)
-    if len({weight.kind if isinstance(weight, BlockWeight) else None for weight in weights}) == 1:
+    groups = joined_groups(weights)
+    if groups is not None:
+        return CpuProduct([_pack_groups(groups, weights[0].dtype, join_biases(weights, biases), gate)])
+    if len({_form(weight) for weight in weights}) == 1:
         return CpuProduct([_pack_one(_join(weights), join_biases(weights, biases), gate, bits)])
     parts = [_pack_one(weight, bias, None, bits) for weight, bias in zip(weights, biases, strict=True)]
     return CpuProduct(parts, gate)
@@ -83,6 +90,16 @@ def pack_experts(
             QuantizedLinear.from_blocks(weights[i].blocks, kind, bias, gate, most)
             for i, bias in enumerate(added)
         ]
+    if isinstance(weights, GroupExperts):
+        try:
+            experts = weights.groups()
+            largest = max(map(largest_factor, experts))
+            return [
+                QuantizedLinear.from_groups(expert, bias, gate, largest)
+                for expert, bias in zip(experts, added, strict=True)
+            ]
+        except ValueError:
+            weights = full(weights)
     if bits is None:
         return [PackedLinear(weight, bias, gate) for weight, bias in zip(weights, added, strict=True)]
     largest = max(magnitude(weight) for weight in weights)
@@ -102,9 +119,26 @@ def table_of(weight: Weight, head: object) -> Tensor | PackedLinear:
 def _pack_one(weight: Weight, bias: Tensor | None, gate: str | None, bits: int | None) -> PackedLinear:
     if isinstance(weight, BlockWeight):
         return QuantizedLinear.from_blocks(weight.blocks, weight.kind, bias, gate)
+    if isinstance(weight, GroupWeight):
+        return _pack_groups(weight.read(), weight.dtype, bias, gate)
     if bits is not None:
         return QuantizedLinear(weight, bits, None, bias, gate)
     return PackedLinear(weight, bias, gate)
+
+
+def _pack_groups(groups: Groups, dtype: torch.dtype, bias: Tensor | None, gate: str | None) -> PackedLinear:
+    """The groups as they are; their values in `dtype` where no packed form takes them."""
+    try:
+        return QuantizedLinear.from_groups(groups, bias, gate)
+    except ValueError:
+        return PackedLinear(groups.values().to(dtype), bias, gate)
+
+
+def _form(weight: Weight) -> object:
+    """The same for weights that can be packed together; groups come apart where they couldn't be joined."""
+    if isinstance(weight, GroupWeight):
+        return id(weight)
+    return weight.kind if isinstance(weight, BlockWeight) else None
 
 
 def _join(weights: Sequence[Weight]) -> Weight:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine import block_weight
-from tokenmill.engine.block_weight import Blocks, Weight
+from tokenmill.engine.block_weight import Blocks, ExpertBlocks, Weight
 from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
@@ -114,22 +114,22 @@ class Experts:
     @property
     def inner(self) -> int:
         """Hidden values of an expert."""
-        return self.down.shape[1 if self.transposed else 2]
+        return self.down.shape[1 if self.transposed and isinstance(self.down, Tensor) else 2]
 
     def arrange(self) -> None:
         """Bring the matrices into the order that kernels read. What was in another one is copied."""
         gate_up, down, bias = self.gate_up, self.down, self.gate_up_bias
         if not self.transposed and not self.interleaved:
             return
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
         if self.transposed:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+            gate_up, down = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (gate_up, down))
         if self.interleaved:
-            gate_up = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
-            bias = None if bias is None else torch.cat([bias[:, ::2], bias[:, 1::2]], dim=1)
-        gate_up, down = gate_up.contiguous(), down.contiguous()
-        self.gate_up, self.down, self.gate_up_bias = gate_up, down, bias
+            rows = torch.arange(gate_up.shape[1]).view(-1, 2).T.flatten()
+            assert not isinstance(gate_up, ExpertBlocks)
+            gate_up = gate_up[:, rows] if isinstance(gate_up, Tensor) else gate_up.with_rows(rows)
+            bias = None if bias is None else bias[:, rows]
+        self.gate_up, self.down = (x.contiguous() if isinstance(x, Tensor) else x for x in (gate_up, down))
+        self.gate_up_bias = bias
         self.transposed = self.interleaved = False
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenmill.engine import attention, cpu_tape, fusion, gguf, kv_cache
+from tokenmill.engine import attention, cpu_tape, fusion, kv_cache
 from tokenmill.engine.attention import AttentionMetadata, Kept, LayerSpec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cpu_tape import TracingKernels
@@ -28,6 +28,7 @@ from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.sequential import SequentialModel
+from tokenmill.engine.stand_ins import describe_around
 from tokenmill.engine.step import Step
 
 PROFILE_TOKENS = 8192
@@ -180,8 +181,8 @@ class PagedForward:
         assert module is not None
         layers = attention.probe_layers(module)
         if form is not None and config.fused_decoder:
-            described = describe(module, layers, model.max_context, form == "interleaved")
-            gguf.put_blocks(described, module, model.blocks)
+            read_off = partial(describe, module, layers, model.max_context, form == "interleaved")
+            described = describe_around(read_off, module, model.blocks)
             model.module, model.blocks, module = None, {}, None
             self._kernels.own_threads()
             kept = kept_by(described)

@@ -4,8 +4,8 @@
     output_norm.weight   F32   ──▶  model.norm.weight                       Tensor
 
 Families of which llama.cpp's converter changed no more than names, the order of rows and norms' offsets. The
-module is built around weights that take no memory (`stand_ins`); the decoder's description of it then gets the
-blocks in their place (`put_blocks`).
+module is built around weights that take no memory, and the decoder's description of it then gets the blocks in their
+place (`stand_ins.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenmill.engine.block_weight import Blocks, BlockWeight, ExpertBlocks
-from tokenmill.engine.decoder_spec import DecoderSpec, replace_tensors
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.weight_files import GGUFSummary, GGUFTensor
 from tokenmill.kernels.cpu.quantized import BLOCKS
@@ -228,23 +227,3 @@ def _turn_back(weight: Tensor | Blocks, heads: int) -> Tensor | Blocks:
         return BlockWeight(weight.blocks[rows], weight.kind, weight.dtype)
     assert isinstance(weight, Tensor)
     return weight[rows]
-
-
-def stand_ins(weights: dict[str, Tensor | Blocks]) -> dict[str, Tensor]:
-    """Tensors of the weights' shapes; those in blocks become zeros that take no memory."""
-    return {
-        name: weight if isinstance(weight, Tensor) else _zeros(weight.shape, weight.dtype)
-        for name, weight in weights.items()
-    }
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Of experts one is there for all, since torch's grouped product wants rows that lie side by side."""
-    once = torch.zeros(shape[1:] if len(shape) == 3 else (), dtype=dtype)
-    return once.expand(shape)
-
-
-def put_blocks(spec: DecoderSpec, module: nn.Module, blocks: dict[str, Blocks]) -> None:
-    """Put each weight that stays in blocks where `spec` has the parameter of `module` that stands for it."""
-    held = {id(parameter): blocks[name] for name, parameter in module.named_parameters() if name in blocks}
-    replace_tensors(spec, lambda tensor: held.get(id(tensor), tensor))

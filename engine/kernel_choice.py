@@ -18,8 +18,11 @@ from tokenmill.engine.config import EngineConfig, Quantization
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.load_error import LoadError
 from tokenmill.kernels import gpu
+from tokenmill.kernels.groups import Kind
 
 logger = logging.getLogger("tokenmill.engine")
+FP8_CAPABILITY = (8, 9)
+"""From which on a GPU knows 8-bit floats."""
 
 
 def _why_no_triton() -> str | None:
@@ -58,6 +61,16 @@ def select_kernels(
 
             return TracingKernels(quantization)
     return ReferenceKernels()
+
+
+def kept_packings(config: EngineConfig, device: torch.device) -> frozenset[Kind]:
+    """The kinds of packed weights that stay so, for the kernels read them: all others are unpacked at load."""
+    if config.quantization is not None or not config.fused_decoder or config.tensor_parallel > 1:
+        return frozenset()
+    kinds = select_kernels(device, torch.bfloat16).packings
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return kinds - {"fp8"}
+    return kinds
 
 
 def has_cpu_kernels() -> bool:

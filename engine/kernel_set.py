@@ -19,6 +19,7 @@ from torch.nn import functional
 from tokenmill.engine.block_weight import Experts, Weight, full, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.kernels import recurrent, reference
+from tokenmill.kernels.groups import Kind
 from tokenmill.kernels.recurrent import Conv, GatedNorm, Rows, Rule
 
 Normalize = Callable[[Tensor], Tensor]
@@ -98,6 +99,8 @@ class ReferenceKernels:
     """Whether a decode step on these kernels can be captured in a CUDA graph."""
     quantizations: frozenset[Quantization] = frozenset()
     """The formats in which products can hold their weights, beside the one that these come in."""
+    packings: frozenset[Kind] = frozenset()
+    """The kinds of weights that products can read as a checkpoint packs them."""
     fp8_cache = False
     """Whether the paged cache may be held in 8-bit floats."""
     saved_bytes = saved_expert_bytes = 0

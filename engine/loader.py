@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine import attention, gguf, gguf_cache, guards
+from tokenmill.engine import attention, gguf, gguf_cache, guards, stand_ins
 from tokenmill.engine.block_weight import Blocks
-from tokenmill.engine.checkpoint import Checkpoint, resolve, weight_files
+from tokenmill.engine.checkpoint import MXFP4, Checkpoint, resolve, weight_files
 from tokenmill.engine.config import DType, EngineConfig, Quantization
 from tokenmill.engine.guards import Verdict
-from tokenmill.engine.kernel_choice import has_cpu_kernels
+from tokenmill.engine.kernel_choice import FP8_CAPABILITY, has_cpu_kernels, kept_packings
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.messages import TokenizerInfo
 from tokenmill.engine.model_class import causal_lm_class, read_config
@@ -34,6 +35,7 @@ from tokenmill.engine.progress import Progress
 from tokenmill.engine.rope import context_limit, pin_rope, stretched_limit
 from tokenmill.engine.tokenizer_export import ending_ids, export_tokenizer, load_tokenizer_info
 from tokenmill.engine.weights import read_weights
+from tokenmill.kernels.groups import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -42,7 +44,6 @@ __all__ = ["LoadError", "LoadedModel", "Progress", "load"]
 
 DEFAULT_CONTEXT = 4096
 SAMPLES = 16
-FP8_CAPABILITY = (8, 9)
 STORED = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -66,7 +67,7 @@ class LoadedModel:
     verdict: Verdict
     """Which ways of running it are right."""
     blocks: dict[str, Blocks] = field(default_factory=dict)
-    """Parameters whose values stay in a GGUF file's blocks; in the module zeros stand for them."""
+    """Parameters whose values stay packed, as their file has them; in the module zeros stand for them."""
     copied: bool = False
     """On a CPU: whether the weights take memory of their own, because they were converted as they were read."""
 
@@ -89,7 +90,7 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
     dtype, note = _pick_dtype(config.dtype, checkpoint, device)
     # Of several ranks each takes its part out of the mapped files, and only that to its device.
     whole_on = device if config.tensor_parallel == 1 else torch.device("cpu")
-    opened = _open(config.quantization, checkpoint, whole_on, dtype, progress)
+    opened = _open(config, checkpoint, whole_on, dtype, progress)
     module, text_config = opened.module, opened.module.config.get_text_config(decoder=True)
     max_context = _max_context(config.max_context, text_config)
     pin_rope(module, max_context)
@@ -112,7 +113,12 @@ def _load(config: EngineConfig, checkpoint: Checkpoint, progress: Progress) -> L
         logits_width=width,
         fingerprint=fingerprint,
         description=_describe(
-            text_config.model_type, parameters, dtype, _place(config, device), note, config.quantization
+            text_config.model_type,
+            parameters,
+            dtype,
+            _place(config, device),
+            note,
+            config.quantization or (checkpoint.method if opened.blocks else None),
         ),
         model_type=text_config.model_type,
         parameters=parameters,
@@ -160,15 +166,15 @@ class _Opened:
 
 
 def _open(
-    quantization: Quantization | None,
+    config: EngineConfig,
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
 ) -> _Opened:
     if checkpoint.gguf_file is None:
-        return _open_folder(checkpoint, device, dtype, progress)
-    if quantization == "gguf":
+        return _open_folder(checkpoint, device, dtype, progress, kept_packings(config, device))
+    if config.quantization == "gguf":
         return _open_blocks(checkpoint.gguf_file, dtype, progress)
     folder = gguf_cache.converted_folder(checkpoint.gguf_file, dtype)
     if folder is None:
@@ -181,22 +187,49 @@ def _open(
 
 
 def _open_folder(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    keep: frozenset[Kind] = frozenset(),
 ) -> _Opened:
     full = read_config(checkpoint.folder)
     model_class, own = causal_lm_class(full)
     verdict = guards.check(model_class, own)
-    paged = verdict.refusal is None
-    if checkpoint.packing is None:
-        module = read_weights(checkpoint.folder, model_class, own, device, dtype, progress, paged=paged)
-    else:
-        tensors = read_packed(weight_files(checkpoint.folder), checkpoint.packing, dtype, progress)
-        cpu = torch.device("cpu")
-        module = read_weights(None, model_class, own, cpu, dtype, progress, paged=paged, tensors=tensors)
-        nn.Module.to(module, device)
+    read = partial(_read_module, checkpoint, model_class, own, verdict, device, dtype, progress)
+    if verdict.decoder is None:
+        keep = frozenset()
+    try:
+        module, blocks = read(keep)
+    except LoadError:
+        if checkpoint.packing is None or not keep:
+            raise
+        module, blocks = read(frozenset())
     progress("reading the tokenizer", None)
     tokenizer = load_tokenizer_info(checkpoint.folder, full, checkpoint.hub_id)
-    return _Opened(_frozen(module), tokenizer, verdict)
+    return _Opened(_frozen(module), tokenizer, verdict, blocks)
+
+
+def _read_module(
+    checkpoint: Checkpoint,
+    model_class: type[PreTrainedModel],
+    own: PreTrainedConfig,
+    verdict: Verdict,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    keep: frozenset[Kind],
+) -> tuple[PreTrainedModel, dict[str, Blocks]]:
+    """The module, and those of its weights that stay packed: of kinds in `keep`."""
+    packing, paged = checkpoint.packing, verdict.refusal is None
+    if packing is None or (checkpoint.method == MXFP4 and "fp4" not in keep):
+        return read_weights(checkpoint.folder, model_class, own, device, dtype, progress, paged=paged), {}
+    weights = read_packed(weight_files(checkpoint.folder), packing, dtype, progress, keep, device)
+    tensors, cpu = stand_ins.stand_ins(weights), torch.device("cpu")
+    module = read_weights(None, model_class, own, cpu, dtype, progress, paged=paged, tensors=tensors)
+    blocks = stand_ins.by_parameter(module, weights, tensors)
+    stand_ins.move(module, device, blocks)
+    return module, blocks
 
 
 def _open_blocks(file: Path, dtype: torch.dtype, progress: Progress) -> _Opened:
@@ -212,7 +245,7 @@ def _open_blocks(file: Path, dtype: torch.dtype, progress: Progress) -> _Opened:
                 f"quantization gguf needs the fused decoder, which doesn't run a {own.model_type}; leave it out"
             )
         weights = gguf.read_tensors(file, summary, own, dtype)
-        tensors = gguf.stand_ins(weights)
+        tensors = stand_ins.stand_ins(weights)
         cpu = torch.device("cpu")
         module = read_weights(None, model_class, own, cpu, dtype, progress, tensors=tensors)
         strange = min(tensors.keys() - module.state_dict().keys(), default=None)
@@ -344,7 +377,7 @@ def _describe(
     dtype: torch.dtype,
     place: str,
     note: str,
-    quantization: Quantization | None,
+    quantization: str | None,
 ) -> str:
     name = str(dtype).removeprefix("torch.") + (f" ({note})" if note else "")
     special = {None: "", "fp8_dynamic": ", fp8 weights and activations"}

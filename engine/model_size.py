@@ -51,7 +51,7 @@ def size_of(
             width = weight.element_size()
         if head is not None and weight is head.weight and quantization in BYTES:
             width = 1.0 if weight.device.type == "cpu" else weight.element_size()
-        taken = sum(x.numel() for x in held[name].tensors) if name in held else size * width
+        taken = sum(x.nbytes for x in held[name].tensors) if name in held else size * width
         if ".experts." in name:
             experts, expert_bytes = experts + size, expert_bytes + taken
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.memory import arena
 
-BFLOAT16, FLOAT32, INT8, INT4, CODED = range(5)
+BFLOAT16, FLOAT32, INT8, INT4, CODED, FLOAT4 = range(6)
 _FORMATS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 CODED_ON = {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"}
@@ -114,7 +114,7 @@ class PackedLinear:
     @property
     def quantized(self) -> bool:
         """Whether it holds integers and scales."""
-        return self.struct.format in (INT8, INT4)
+        return self.struct.format in (INT8, INT4, FLOAT4)
 
     @property
     def address(self) -> int:

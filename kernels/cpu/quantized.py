@@ -1,4 +1,4 @@
-"""Linear layers over quantized weights that stay packed: int8 and int4 made here, and GGUF's blocks.
+"""Linear layers over quantized weights that stay packed: rounded here, or as GGUF and other files have them.
 
     unit * (scale * q + minimum)     q exact integers, scale and minimum in half precision for each group
 
@@ -9,6 +9,7 @@ promise holds: a row is the same bits in every batch.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.cpu.library import TYPES, required
-from tokenmill.kernels.cpu.linear import INT4, INT8, PackedLinear, PackedStruct
+from tokenmill.kernels.cpu.linear import FLOAT4, INT4, INT8, PackedLinear, PackedStruct
+from tokenmill.kernels.groups import Groups
+
+
+class GroupsStruct(ctypes.Structure):
+    """`Groups` of src/quantize.cpp."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("minima", ctypes.c_void_p))
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,11 @@ BLOCKS = {
     "Q6_K": BlockKind(23, 256, 210, INT8, 16, scale_at=(208,), scale_factor=128),
 }
 """GGUF types by name. Q5 and Q6 integers take a byte each once packed."""
+
+GROUPED = {"int4": INT4, "fp4": FLOAT4, "int8": INT8}
+"""The packed form of each of `groups.Kind` that there is one for."""
+GROUPS_SOURCE = 32
+"""As src/gguf.h has it."""
 
 GROUPS = (32, 64, 128)
 """Group sizes that `QuantizedLinear` rounds to, besides whole rows."""
@@ -82,7 +95,8 @@ class QuantizedLinear(PackedLinear):
             largest = magnitude(weight)
         struct = PackedStruct(format=INT4 if bits == 4 else INT8, group=group, minima=bits == 4)
         struct.unit = _unit(largest if bits == 4 else largest / 127)
-        self._fill(struct, TYPES[weight.dtype], weight.contiguous(), weight.shape[1], activation)
+        weight = weight.contiguous()
+        self._fill(struct, TYPES[weight.dtype], weight.data_ptr(), tuple(weight.shape), activation)
         self._set_bias(bias)
 
     @classmethod
@@ -113,15 +127,71 @@ class QuantizedLinear(PackedLinear):
             struct.unit = _unit(largest_scale(blocks, kind) if largest is None else largest)
         linear = cls.__new__(cls)
         inputs = blocks.shape[1] // block.block_bytes * block.elements
-        linear._fill(struct, block.number, blocks, inputs, activation)
+        linear._fill(struct, block.number, blocks.data_ptr(), (blocks.shape[0], inputs), activation)
+        linear._set_bias(bias)
+        return linear
+
+    @classmethod
+    def from_groups(
+        cls,
+        weight: Groups,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        largest: float | None = None,
+    ) -> QuantizedLinear:
+        """From a weight [out, in] of a kind in GROUPED; scales and minima are rounded to half precision.
+
+        `largest` is the largest of `largest_factor` over it and those that it shall share a unit with.
+        """
+        if weight.kind not in GROUPED:
+            raise ValueError(f"the kind of groups must be one of {', '.join(GROUPED)}, not {weight.kind}")
+        if weight.inputs % 2:
+            raise ValueError(f"inputs must be even, not {weight.inputs}")
+        codes, (scale, minimum, group) = weight.codes.contiguous(), _regrouped(weight)
+        struct = PackedStruct(format=GROUPED[weight.kind], group=group, minima=minimum is not None)
+        struct.zero_point = 8 if weight.kind == "int4" and minimum is None else 0
+        struct.unit = _unit(largest_factor(weight) if largest is None else largest)
+        minima = None if minimum is None else minimum.data_ptr()
+        source = GroupsStruct(codes.data_ptr(), scale.data_ptr(), minima)
+        linear = cls.__new__(cls)
+        linear._fill(struct, GROUPS_SOURCE, ctypes.addressof(source), weight.shape, activation)
         linear._set_bias(bias)
         return linear
 
     def _fill(
-        self, struct: PackedStruct, source: int, weight: Tensor, inputs: int, activation: str | None
+        self,
+        struct: PackedStruct,
+        source: int,
+        address: int,
+        shape: tuple[int, ...],
+        activation: str | None,
     ) -> None:
-        self._lay_out(struct, weight.shape[0], inputs, activation)
-        required().tm_pack_quantized(self._address, source, weight.data_ptr(), self.data.data_ptr())
+        outputs, inputs = shape
+        self._lay_out(struct, outputs, inputs, activation)
+        required().tm_pack_quantized(self._address, source, address, self.data.data_ptr())
+
+
+def largest_factor(weight: Groups) -> float:
+    """The largest magnitude of the scales and minima that its packed form has."""
+    scale = magnitude(weight.scale) / (2 if weight.kind == "fp4" else 1)
+    return scale if weight.minimum is None else max(scale, magnitude(weight.minimum))
+
+
+def _regrouped(weight: Groups) -> tuple[Tensor, Tensor | None, int]:
+    """Scales and minima [out, groups] by groups that the kernels know, and the size of these."""
+    # The integers of 4-bit floats are twice what they stand for.
+    scale = weight.scale.float() / 2 if weight.kind == "fp4" else weight.scale.float()
+    if scale.shape[-1] == 1 and weight.kind == "int8" and weight.minimum is None:
+        return scale.contiguous(), None, -(-weight.inputs // 32) * 32
+    size = next((x for x in (*reversed(GROUPS), 16) if weight.group % x == 0), None)
+    if size is None:
+        raise ValueError(f"groups of {weight.group} inputs are no multiple of 16")
+
+    def spread(each: Tensor) -> Tensor:
+        repeated = each.repeat_interleave(weight.group // size, -1)
+        return repeated[:, : -(-weight.inputs // size)].contiguous()
+
+    return spread(scale), None if weight.minimum is None else spread(weight.minimum.float()), size
 
 
 def largest_scale(blocks: Tensor, kind: str) -> float:

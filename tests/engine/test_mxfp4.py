@@ -1,4 +1,4 @@
-"""Checkpoints whose experts are stored in MXFP4 are unpacked as they are read."""
+"""Checkpoints whose experts are stored in MXFP4: kept so by kernels that read it, unpacked for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_module_holds_what_the_blocks_stand_for(folders: tuple[Path, Path], dtype: str) -> None:
+def test_the_module_holds_what_the_blocks_stand_for(
+    folders: tuple[Path, Path], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENMILL_KERNELS", "torch")
     packed, plain = (load(folder, dtype=dtype) for folder in folders)
     assert packed.module is not None
     assert plain.module is not None
@@ -33,6 +36,18 @@ def test_the_module_holds_what_the_blocks_stand_for(folders: tuple[Path, Path], 
     assert packed.fingerprint == plain.fingerprint
 
 
+def test_experts_stay_packed(folders: tuple[Path, Path]) -> None:
+    found, plain = (load(folder, dtype="float32") for folder in folders)
+    assert plain.module is not None
+    wanted = plain.module.state_dict()
+    ends = ("experts.gate_up_proj", "experts.down_proj")
+    assert found.blocks.keys() == {name for name in wanted if name.endswith(ends)}
+    for name, experts in found.blocks.items():
+        assert torch.equal(experts.values().mT, wanted[name])
+    assert found.size.expert_bytes < 0.15 * plain.size.expert_bytes
+    assert "mxfp4 weights" in found.description
+
+
 def test_its_own_dtype_is_bfloat16(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.engine.loader.computes_bfloat16", lambda device: True)
     model = load(folders[0])
@@ -40,10 +55,11 @@ def test_its_own_dtype_is_bfloat16(folders: tuple[Path, Path], monkeypatch: pyte
     assert "bfloat16 (from MXFP4) on cpu" in model.description
 
 
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
 def test_text_is_that_of_the_unpacked_checkpoint(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    kernels: str, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TOKENMILL_KERNELS", "torch")
+    monkeypatch.setenv("TOKENMILL_KERNELS", kernels)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     texts = []
     for folder in folders:
@@ -53,8 +69,13 @@ def test_text_is_that_of_the_unpacked_checkpoint(
     assert texts[0] == texts[1]
 
 
-def test_missing_scales_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+def test_missing_scales_are_refused(
+    kernels: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from checkpoints import copy_of
+
+    monkeypatch.setenv("TOKENMILL_KERNELS", kernels)
 
     damaged = copy_of(folders[0], tmp_path / "damaged")
     tensors = load_file(damaged / "model.safetensors")

@@ -13,6 +13,7 @@ from tokenmill.kernels.cpu.isa import InstructionSet, supported
 from tokenmill.kernels.cpu.library import using
 from tokenmill.kernels.cpu.linear import PackedLinear
 from tokenmill.kernels.cpu.quantized import BLOCKS, QuantizedLinear
+from tokenmill.kernels.groups import Groups
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float32: 3e-6}
 
@@ -54,6 +55,24 @@ def check_products(linear: QuantizedLinear, weight: Tensor, bias: Tensor | None 
             assert torch.equal(linear(x[:rows]), ours[:rows])
         for row in (7, 16, 39):
             assert torch.equal(linear(x[row : row + 1].contiguous()), ours[row : row + 1])
+
+
+def random_groups(kind: str, group: int, minima: bool, outputs: int, inputs: int) -> Groups:
+    """A weight of random codes; scales that half precision holds, a factor of a million between the least and most."""
+    generator = torch.Generator().manual_seed(outputs + inputs + group)
+    narrow = kind in ("int4", "fp4")
+    codes = torch.randint(0, 256, (outputs, inputs // (2 if narrow else 1)), generator=generator)
+    count = -(-inputs // group)
+    powers = torch.randint(-20, 1, (outputs, count), generator=generator)
+    scale = torch.ldexp(1 + torch.randint(0, 8, (outputs, count), generator=generator) / 8, powers) / 64
+    minimum = -scale * torch.randint(0, 16, (outputs, count), generator=generator)
+    return Groups(
+        kind,  # type: ignore[arg-type]
+        codes.to(torch.uint8) if narrow else (codes - 128).to(torch.int8),
+        scale,
+        minimum if minima else None,
+        group,
+    )
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -177,3 +196,42 @@ def test_rows_of_any_size(vectors: InstructionSet) -> None:
         spoiled = linear(x, out=torch.empty(5, 33))
     assert spoiled[[1, 3]].isnan().all()
     assert torch.equal(spoiled[[0, 2, 4]], whole[[0, 2, 4]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "minima"),
+    [
+        ("fp4", 32, False),
+        ("fp4", 16, False),
+        ("int4", 128, False),
+        ("int4", 64, True),
+        ("int4", 416, True),
+        ("int8", 416, False),
+        ("int8", 32, True),
+    ],
+)
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 832), (50, 416)])
+def test_groups(kind: str, group: int, minima: bool, outputs: int, inputs: int, isa: InstructionSet) -> None:
+    groups = random_groups(kind, group, minima, outputs, inputs)
+    linear, weight = QuantizedLinear.from_groups(groups), groups.values()
+    assert torch.equal(linear.rows(torch.arange(outputs), torch.float32), weight)
+    check_products(linear, weight)
+
+
+def test_groups_with_gate_and_bias(isa: InstructionSet) -> None:
+    groups = random_groups("fp4", 32, False, 96, 96)
+    bias = torch.randn(96, generator=torch.Generator().manual_seed(1))
+    check_products(QuantizedLinear.from_groups(groups, bias, "silu"), groups.values(), bias)
+
+
+def test_groups_take_what_they_need() -> None:
+    groups = random_groups("fp4", 32, False, 64, 256)
+    assert QuantizedLinear.from_groups(groups).data.numel() == 64 * 256 // 2 + 64 * 8 * 2
+
+
+def test_strange_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        QuantizedLinear.from_groups(random_groups("int4", 24, True, 4, 48))
+    eights = Groups("fp8", torch.zeros(4, 32, dtype=torch.float8_e4m3fn), torch.ones(4, 1), None, 32)
+    with pytest.raises(ValueError, match="fp8"):
+        QuantizedLinear.from_groups(eights)

@@ -9,6 +9,7 @@
 namespace tokenmill {
 
 enum Block { kQ4_0 = 16, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
+constexpr int kGroups = 32;  // a source that is no block: quantize.cpp's Groups
 
 // weight = scale * integer + minimum, for each input of the group.
 struct Group {

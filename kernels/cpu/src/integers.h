@@ -83,6 +83,24 @@ struct NibbleLines {
   }
 };
 
+struct FloatLines {
+  static constexpr int kTwo = 32;
+  template <int kOdd>
+  TM_INLINE static S16 read(const uint8_t* two) {
+#if defined(__AVX2__)
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloats4)));
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
+    const __m256i bits = _mm256_and_si256(kOdd ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+    alignas(32) int8_t values[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(values), _mm256_shuffle_epi8(table, bits));
+#else
+    int8_t values[32];
+    for (int i = 0; i < 32; ++i) values[i] = kFloats4[two[i] >> (4 * kOdd) & 15];
+#endif
+    return widen_bytes(values);
+  }
+};
+
 // What the others read, written once for several blocks of rows.
 struct WideLines {
   static constexpr int kTwo = 128;
@@ -270,6 +288,8 @@ class IntegerTask {
     while (unit.index < shape_.count) {
       if (wide_) {
         several_blocks(unit, std::min(kNear, shape_.count - unit.index));
+      } else if (w_.format == kFloat4) {
+        one_block<FloatLines>(unit);
       } else if (w_.format == kInt4) {
         one_block<NibbleLines>(unit);
       } else {
@@ -313,7 +333,9 @@ class IntegerTask {
   }
 
   void widen(const uint8_t* from, uint8_t* to) const {
-    if (w_.format == kInt4) {
+    if (w_.format == kFloat4) {
+      WideLines::write<FloatLines>(from, shape_.step_bytes, to);
+    } else if (w_.format == kInt4) {
       WideLines::write<NibbleLines>(from, shape_.step_bytes, to);
     } else {
       WideLines::write<ByteLines>(from, shape_.step_bytes, to);

@@ -9,7 +9,7 @@ namespace tokenmill {
 
 #if defined(__AMX_BF16__)
 void multiply_quantized(const Call& call, const Operand<bf16>& operand, const Part& part) {
-  if (call.weight.format == kInt4) return unpacked<ValueSteps<kInt4>>(call, operand, part);
+  if (call.weight.nibbles()) return unpacked<ValueSteps<kInt4>>(call, operand, part);
   if (!call.weight.row_wide()) return unpacked<ValueSteps<kInt8>>(call, operand, part);
   if (part.last - part.first > 1) return unpacked<ByteSteps>(call, operand, part);
   single_row_task(call, operand, part.begin, part.end, part.first);

@@ -57,9 +57,9 @@ float quantized_value(const Packed& w, const uint8_t* pair, int64_t k, int c) {
   const uint8_t* step = group + w.scale_bytes() + inside / w.depth() * w.step_bytes();
   const int place = place_in_step(static_cast<int>(inside % w.depth()), c, w.depth());
   int q;
-  if (w.format == kInt4) {
+  if (w.nibbles()) {
     int line = place / 32;
-    q = (step[line / 2 * 32 + place % 32] >> (line % 2 * 4) & 15) - w.zero_point;
+    q = w.nibble(step[line / 2 * 32 + place % 32] >> (line % 2 * 4) & 15);
   } else {
     q = static_cast<int8_t>(step[place]);
   }

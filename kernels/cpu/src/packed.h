@@ -12,8 +12,9 @@
 //   quantized  [pairs][groups]{ scales [32] half, (minima [32] half), steps of the group: integers }
 //
 // A quantized weight is unit * (scale * q + minimum), the integers q exact in bfloat16: 8 bits as bytes in the
-// order above; 4 bits as one byte for the same place of two neighbouring lines (low nibble: the even line). A
-// group of 16 inputs is half a step: 8 lines in each tile.
+// order above; 4 bits as one byte for the same place of two neighbouring lines (low nibble: the even line), q what the
+// nibble is less a zero point, or twice the 4-bit float (e2m1) that it is. A group of 16 inputs is half a step: 8 lines
+// in each tile.
 // With an activation the weight holds gate rows then up rows, and a pair is (16 gates, their 16 ups), so that
 // act(gate) * up is formed where the pair is finished. Rows and inputs that don't exist are zero (coded: any value).
 #pragma once
@@ -24,7 +25,10 @@
 
 namespace tokenmill {
 
-enum Format { kBf16 = 0, kF32 = 1, kInt8 = 2, kInt4 = 3, kCoded = 4 };
+enum Format { kBf16 = 0, kF32 = 1, kInt8 = 2, kInt4 = 3, kCoded = 4, kFloat4 = 5 };
+
+// Twice the 4-bit floats (e2m1) by their bits.
+constexpr int8_t kFloats4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 constexpr int kStep = 32;                    // inputs a step
 constexpr int kPair = 32;                    // packed columns a pair
@@ -50,7 +54,7 @@ struct Packed {
   int64_t out;         // rows of the weight, gate and up counted both
   int32_t format;
   int32_t group;       // inputs that share a scale, 16 or a multiple of kStep; quantized formats only
-  int32_t zero_point;  // 4 bits: what is taken off the stored nibble
+  int32_t zero_point;  // kInt4: what is taken off the stored nibble
   int32_t minima;      // whether a group has minima beside its scales
   int32_t activation;  // not kNone: gate rows and up rows
   float unit;          // a power of two that scales and minima are multiplied by
@@ -63,11 +67,12 @@ struct Packed {
   int64_t pairs() const { return gated() ? divide_up(out / 2, 16) : divide_up(out, kPair); }
   int64_t steps() const { return divide_up(in, kStep); }
   int64_t groups() const { return divide_up(in, group); }
-  bool quantized() const { return format == kInt8 || format == kInt4; }
+  bool nibbles() const { return format == kInt4 || format == kFloat4; }
+  bool quantized() const { return format == kInt8 || nibbles(); }
   bool exact() const { return format == kBf16 || format == kCoded; }  // bfloat16 values, none lost
   bool row_wide() const { return quantized() && groups() == 1 && !minima; }  // one scale a row
   int depth() const { return group < kStep ? group : kStep; }  // inputs of a quantized step
-  int64_t step_bytes() const { return kPair * depth() / (format == kInt4 ? 2 : 1); }
+  int64_t step_bytes() const { return kPair * depth() / (nibbles() ? 2 : 1); }
   int64_t scale_bytes() const { return (minima ? 2 : 1) * kPair * 2; }
   int64_t group_bytes() const { return scale_bytes() + group / depth() * step_bytes(); }
 
@@ -82,6 +87,9 @@ struct Packed {
     if (format == kF32) return in;
     return divide_up(quantized() ? groups() * group : in, kStep) * kStep;
   }
+
+  // The integer that a nibble stands for.
+  int nibble(int bits) const { return format == kFloat4 ? kFloats4[bits] : bits - zero_point; }
 
   // The weight's row behind packed column `column` of pair `index`, or -1.
   int64_t row_of(int64_t index, int column) const {

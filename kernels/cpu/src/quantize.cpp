@@ -1,5 +1,6 @@
-// Quantized weights into the packed layout: from plain weights (rounded here) and from GGUF blocks (kept as they
-// are: every source gives integers, a scale and a minimum for each group, and only their order changes).
+// Quantized weights into the packed layout: from plain weights (rounded here), from GGUF blocks and from groups as other
+// checkpoints pack them (kept as they are: these sources give integers, a scale and a minimum for each group, and only
+// their order changes).
 #include <algorithm>
 #include <cmath>
 
@@ -57,6 +58,29 @@ void round_group(const Packed& w, const float* values, Group& group) {
   }
 }
 
+// A weight [out][in] in groups of inputs; codes of 4 bits lie two in a byte, the earlier input low.
+struct Groups {
+  const uint8_t* codes;
+  const float* scales;   // [out][groups]
+  const float* minima;   // the same, or null
+};
+
+void read_codes(const Packed& w, const Groups& from, int64_t row, int64_t g, Group& group) {
+  const int64_t at = row * w.groups() + g;
+  group.scale = from.scales[at];
+  group.minimum = from.minima ? from.minima[at] : 0.0f;
+  const int64_t first = row * w.in + g * w.group, there = std::min<int64_t>(w.group, w.in - g * w.group);
+  if (!w.nibbles()) {
+    std::memcpy(group.integers, from.codes + first, static_cast<size_t>(there));
+  } else {
+    const uint8_t* two = from.codes + first / 2;
+    for (int64_t i = 0; i < there; ++i) {
+      group.integers[i] = static_cast<int8_t>((two[i / 2] >> (i % 2 * 4) & 15) - w.zero_point);
+    }
+  }
+  std::memset(group.integers + there, 0, static_cast<size_t>(w.group - there));
+}
+
 // Integers [32 columns][group] into a group's steps: two of a column at a time, which stay side by side.
 void write_integers(const Packed& w, const int8_t* integers, uint8_t* to) {
   const int depth = w.depth(), lines = depth / 2;
@@ -83,6 +107,8 @@ void write_integers(const Packed& w, const int8_t* integers, uint8_t* to) {
 void read_group(const Packed& w, int source, const void* weight, int64_t row, int64_t g, Group& group) {
   if (row < 0) {
     std::memset(group.integers, 0, static_cast<size_t>(w.group));
+  } else if (source == kGroups) {
+    read_codes(w, *static_cast<const Groups*>(weight), row, g, group);
   } else if (source >= kQ4_0) {
     read_block_group(source, static_cast<const uint8_t*>(weight), row * w.in + g * w.group, group);
   } else {
@@ -111,7 +137,7 @@ void pack_pair(const Packed& w, int source, const void* weight, int64_t pair, ui
 }  // namespace
 }  // namespace tokenmill
 
-// Packs `weight` [out, in]: plain of a type of api.h, or whole GGUF blocks of a kind of gguf.h.
+// Packs `weight` [out, in]: plain of a type of api.h, whole GGUF blocks of a kind of gguf.h, or a `Groups`.
 TM_API void tm_pack_quantized(const tokenmill::Packed* packed, int source, const void* weight, uint8_t* to) {
   using namespace tokenmill;
   parallel_for(packed->pairs(),

@@ -35,7 +35,7 @@ class Unpacker {
  public:
   explicit Unpacker(const Packed& weight) : weight_(weight) {
     for (int i = 0; i < 32; ++i) {
-      const float exact = static_cast<float>(i % 16 - weight.zero_point);
+      const float exact = static_cast<float>(weight.nibble(i % 16));
       uint32_t bits;
       std::memcpy(&bits, &exact, 4);
       nibble_[i].bits = static_cast<uint16_t>(bits >> 16);
@@ -46,7 +46,7 @@ class Unpacker {
   TM_INLINE void unpack(const uint8_t* from, int64_t steps, int64_t g, bf16* to) const {
     if (weight_.group < kStep) {
       unpack_half_step(from, static_cast<int>(g % 2), to);
-    } else if (weight_.format == kInt4) {
+    } else if (weight_.nibbles()) {
       unpack_nibbles(from, steps * weight_.step_bytes(), to);
     } else {
       unpack_bytes(from, steps * weight_.step_bytes(), to);
@@ -65,6 +65,14 @@ class Unpacker {
       _mm512_storeu_si512(to + 2 * i + 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table));
     }
 #else
+    if (weight_.format == kFloat4) {
+      for (int64_t i = 0; i < bytes; ++i) {
+        bf16* place = to + i / 32 * 64 + i % 32;
+        place[0] = nibble_[from[i] & 15];
+        place[32] = nibble_[from[i] >> 4];
+      }
+      return;
+    }
     const I zero = splat(weight_.zero_point), nibble = splat(15);
     for (int64_t i = 0; i < bytes; i += 32) {
       for (int half = 0; half < 32; half += kLanes) {
@@ -77,11 +85,16 @@ class Unpacker {
   }
 
   // One group of 16 inputs: lines 8 * half and on of a whole step whose other lines are zero.
-  static void unpack_half_step(const uint8_t* from, int half, bf16* to) {
+  void unpack_half_step(const uint8_t* from, int half, bf16* to) const {
     constexpr int kHalf = kTileElements / 2;
     std::memset(to, 0, kStepElements * sizeof(bf16));
     for (int tile = 0; tile < 2; ++tile) {
-      unpack_bytes(from + tile * kHalf, kHalf, to + tile * kTileElements + half * kHalf);
+      bf16* there = to + tile * kTileElements + half * kHalf;
+      if (weight_.nibbles()) {
+        unpack_nibbles(from + tile * kHalf / 2, kHalf / 2, there);
+      } else {
+        unpack_bytes(from + tile * kHalf, kHalf, there);
+      }
     }
   }
 
@@ -102,7 +115,7 @@ class ValueSteps {
         group_bytes_(weight.group_bytes()),
         unit_(_mm512_set1_ps(weight.unit)) {
     alignas(64) float values[16];
-    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - weight.zero_point);
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(weight.nibble(i));
     nibble_ = _mm512_load_ps(values);
   }
 
