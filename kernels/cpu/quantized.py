@@ -186,6 +186,8 @@ def _regrouped(weight: Groups) -> tuple[Tensor, Tensor | None, int]:
     size = next((x for x in (*reversed(GROUPS), 16) if weight.group % x == 0), None)
     if size is None:
         raise ValueError(f"groups of {weight.group} inputs are no multiple of 16")
+    if size == 16 and weight.inputs % 32:
+        raise ValueError(f"groups of 16 inputs come in pairs, which {weight.inputs} inputs don't")
 
     def spread(each: Tensor) -> Tensor:
         repeated = each.repeat_interleave(weight.group // size, -1)

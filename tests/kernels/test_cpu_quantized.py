@@ -232,6 +232,8 @@ def test_groups_take_what_they_need() -> None:
 def test_strange_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         QuantizedLinear.from_groups(random_groups("int4", 24, True, 4, 48))
+    with pytest.raises(ValueError, match="in pairs"):
+        QuantizedLinear.from_groups(random_groups("fp4", 16, False, 4, 48))
     eights = Groups("fp8", torch.zeros(4, 32, dtype=torch.float8_e4m3fn), torch.ones(4, 1), None, 32)
     with pytest.raises(ValueError, match="fp8"):
         QuantizedLinear.from_groups(eights)
