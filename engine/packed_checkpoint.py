@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tokenmill.engine.block_weight import Blocks
 from tokenmill.engine.group_weight import GroupExperts, GroupWeight
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.progress import Progress
-from tokenmill.kernels.groups import Groups, Kind, paired
+from tokenmill.kernels.groups import Groups, Kind, nibbles
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -139,14 +140,15 @@ class _Packed:
         scale = self.need(f"{name}_scale") if inverse is None else inverse
         zero = self.get(f"{name}_zero_point")
 
-        def read() -> Groups:
-            by_rows, group = spread(scale.float(), values.shape, self.block)
+        kind: Kind = "fp8" if values.is_floating_point() else "int8"
+
+        def read(device: torch.device) -> Groups:
+            by_rows, group = spread(scale.to(device).float(), values.shape, self.block)
             minimum = None
             if zero is not None:
-                minimum = -spread(zero.float(), values.shape, self.block)[0] * by_rows
-            return Groups("fp8" if values.is_floating_point() else "int8", values, by_rows, minimum, group)
+                minimum = -spread(zero.to(device).float(), values.shape, self.block)[0] * by_rows
+            return Groups(kind, values.to(device), by_rows, minimum, group)
 
-        kind: Kind = "fp8" if values.is_floating_point() else "int8"
         return self.held(
             name, kind, values.shape, (values, scale), read, values.dtype is not torch.float8_e5m2
         )
@@ -156,13 +158,13 @@ class _Packed:
         scale = self.need(f"{name}_scale")
         factor, divisor = self.get(f"{name}_scale_2"), self.get(f"{name}_global_scale")
 
-        def read() -> Groups:
-            wide = _power(scale) if scale.dtype is torch.uint8 else scale.float()
+        def read(device: torch.device) -> Groups:
+            wide = _power(scale.to(device)) if scale.dtype is torch.uint8 else scale.to(device).float()
             if factor is not None:
-                wide = wide * factor.float()
+                wide = wide * factor.to(device).float()
             if divisor is not None:
-                wide = wide / divisor.float()
-            return Groups("fp4", packed, wide, None, 2 * packed.shape[-1] // wide.shape[-1])
+                wide = wide / divisor.to(device).float()
+            return Groups("fp4", packed.to(device), wide, None, 2 * packed.shape[-1] // wide.shape[-1])
 
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         return self.held(name, "fp4", shape, (packed, scale), read)
@@ -173,8 +175,8 @@ class _Packed:
         shape = (*packed.shape[:2], 32 * packed.shape[2])
 
         def read(expert: int) -> Groups:
-            codes, powers = packed[expert].flatten(-2), _power(scale[expert])
-            return Groups("fp4", codes, powers, None, 32).to(self.device)
+            codes, powers = packed[expert].to(self.device), _power(scale[expert].to(self.device))
+            return Groups("fp4", codes.flatten(-2), powers, None, 32)
 
         if scale.shape != packed.shape[:3] or packed.shape[3:] != (16,):
             raise _misfit(name)
@@ -193,15 +195,16 @@ class _Packed:
         if order is not None and (bool((order < 0).any()) or _in_order(order)):
             order = None
 
-        def read() -> Groups:
-            centre = torch.tensor(float(1 << (bits - 1)))
+        def read(device: torch.device) -> Groups:
+            centre = torch.tensor(float(1 << (bits - 1)), device=device)
             if zero is not None:
                 # Packed as the weights are, along the outputs; else as plain integers around 0.
                 whole = zero.dtype is torch.int32 and zero.shape != scale.shape
-                centre = unpack(zero.T, bits).T[:rows].float() if whole else zero.float() + centre
-            by_rows, group = spread(scale.float(), (rows, columns), self.block)
+                there = zero.to(device)
+                centre = unpack(there.T, bits).T[:rows].float() if whole else there.float() + centre
+            by_rows, group = spread(scale.to(device).float(), (rows, columns), self.block)
             centre, _ = spread(centre, (rows, columns), self.block)
-            return _integer_groups(packed, bits, columns, centre, by_rows, group, order)
+            return _integer_groups(packed.to(device), bits, columns, centre, by_rows, group, order)
 
         kind: Kind = "int4" if bits == 4 else "int8"
         return self.held(name, kind, (rows, columns), (packed, scale), read, order is None)
@@ -216,10 +219,10 @@ class _Packed:
         less = int(self.settings.get("checkpoint_format", "gptq") != "gptq_v2")
         columns, rows = packed.shape[0] * 32 // bits, packed.shape[1]
 
-        def read() -> Groups:
-            centre = unpack(zeros, bits).float().T + less
-            group = -(-columns // scales.shape[0])
-            return _integer_groups(packed.T, bits, columns, centre, scales.float().T, group, order)
+        def read(device: torch.device) -> Groups:
+            centre = unpack(zeros.to(device), bits).float().T + less
+            group, scale = -(-columns // scales.shape[0]), scales.to(device).float().T
+            return _integer_groups(packed.to(device).T, bits, columns, centre, scale, group, order)
 
         kind: Kind = "int4" if bits == 4 else "int8"
         return self.held(stem, kind, (rows, columns), (packed, scales), read, order is None)
@@ -227,16 +230,19 @@ class _Packed:
     def awq(self, stem: str, packed: Tensor) -> Tensor | GroupWeight:
         """Integers packed along the outputs, transposed."""
         scales, zeros = self.need(f"{stem}.scales"), self.need(f"{stem}.qzeros")
-        order = torch.tensor(AWQ_ORDER).argsort()
         columns, rows = packed.shape[0], packed.shape[1] * 8
 
-        def ordered(words: Tensor) -> Tensor:
-            return unpack(words, 4).reshape(*words.shape, 8)[..., order].flatten(-2)
+        def in_order(outputs: Tensor) -> Tensor:
+            """[n, words, 4, 2], as nibbles lie in bytes → [n, words * 8]."""
+            return outputs.flatten(2)[..., torch.tensor(AWQ_ORDER).argsort()].flatten(1)
 
-        def read() -> Groups:
-            scale, centre = scales.float().T.contiguous(), ordered(zeros).float().T
+        def read(device: torch.device) -> Groups:
+            halves = nibbles(zeros.to(device).view(torch.uint8)).view(*zeros.shape, 4, 2)
+            scale, centre = scales.to(device).float().T.contiguous(), in_order(halves).float().T
             minimum = None if bool((centre == 8).all()) else -centre * scale
-            codes = paired(ordered(packed).T)
+            even, odd = packed.to(device).view(torch.uint8).view(-1, 2, packed.shape[1], 4).unbind(1)
+            pairs = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 240)), -1)
+            codes = in_order(pairs).T.contiguous()
             return Groups("int4", codes, scale, minimum, columns // scales.shape[0])
 
         return self.held(stem, "int4", (rows, columns), (packed, scales), read)
@@ -247,14 +253,14 @@ class _Packed:
         kind: Kind,
         shape: Sequence[int],
         tensors: tuple[Tensor, ...],
-        read: Callable[[], Groups],
+        read: Callable[[torch.device], Groups],
         plain: bool = True,
     ) -> Tensor | GroupWeight:
         """What the model gets: the weight as it is packed, or in full. `plain`: its groups lie side by side."""
 
-        def checked() -> Groups:
+        def checked(device: torch.device) -> Groups:
             try:
-                groups = read()
+                groups = read(device)
                 if groups.shape != tuple(shape):
                     raise _misfit(name)
                 if groups.scale.shape != (*shape[:-1], -(-shape[-1] // groups.group)):
@@ -265,8 +271,8 @@ class _Packed:
 
         module = name.removesuffix(".weight").rpartition(".")[2]
         if kind in self.keep and plain and len(shape) == 2 and module not in ROUTERS:
-            return GroupWeight(kind, tuple(shape), self.dtype, tensors, lambda: checked().to(self.device))
-        return checked().values().to(self.dtype)
+            return GroupWeight(kind, tuple(shape), self.dtype, tensors, partial(checked, self.device))
+        return checked(torch.device("cpu")).values().to(self.dtype)
 
 
 def _integer_groups(
@@ -283,7 +289,8 @@ def _integer_groups(
     `order` [columns] says which group each input is of, where they don't follow each other.
     """
     if order is not None:
-        scale, centre, group = scale[:, order.long()], centre[:, order.long()], 1
+        rows = order.to(scale.device).long()
+        scale, centre, group = scale[:, rows], centre[:, rows], 1
     if bits == 4 and columns % 2 == 0:
         codes = words.contiguous().view(torch.uint8)[:, : columns // 2]
         minimum = None if bool((centre == 8).all()) else -centre * scale

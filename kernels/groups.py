@@ -8,7 +8,7 @@ fp8    e4m3 floats:                                   scale * q
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -39,11 +39,6 @@ class Groups:
         """[..., out, in]"""
         return *self.codes.shape[:-1], self.inputs
 
-    def to(self, device: torch.device) -> Groups:
-        """The same on another device."""
-        minimum = None if self.minimum is None else self.minimum.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), minimum=minimum)
-
     def values(self) -> Tensor:
         """The weight [..., out, in] in float32."""
         if self.kind == "fp4":
@@ -67,8 +62,3 @@ class Groups:
 def nibbles(codes: Tensor) -> Tensor:
     """The 4 bits [..., 2 * n] of bytes [..., n], the lower ones first."""
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-
-
-def paired(codes: Tensor) -> Tensor:
-    """Bytes [..., n] of 4 bits each [..., 2 * n], the lower ones first."""
-    return codes[..., ::2] | codes[..., 1::2] << 4
