@@ -87,17 +87,25 @@ struct FloatLines {
   static constexpr int kTwo = 32;
   template <int kOdd>
   TM_INLINE static S16 read(const uint8_t* two) {
-#if defined(__AVX2__)
+    S16 line;
+#if defined(__AVX512BW__)
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloats4)));
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
     const __m256i bits = _mm256_and_si256(kOdd ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
-    alignas(32) int8_t values[32];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(values), _mm256_shuffle_epi8(table, bits));
+    line.part[0] = (NativeS16)_mm512_cvtepi8_epi16(_mm256_shuffle_epi8(table, bits));
+#elif defined(__AVX2__)
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kFloats4));
+    TM_EACH {
+      const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(two + 16 * p));
+      const __m128i bits = _mm_and_si128(kOdd ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+      line.part[p] = (NativeS16)_mm256_cvtepi8_epi16(_mm_shuffle_epi8(table, bits));
+    }
 #else
     int8_t values[32];
     for (int i = 0; i < 32; ++i) values[i] = kFloats4[two[i] >> (4 * kOdd) & 15];
+    line = widen_bytes(values);
 #endif
-    return widen_bytes(values);
+    return line;
   }
 };
 
