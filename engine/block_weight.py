@@ -38,6 +38,10 @@ class BlockWeight:
         exact = dequantize(self.blocks.numpy(), GGMLQuantizationType[self.kind])
         return torch.from_numpy(exact).to(self.dtype)
 
+    def parameter(self) -> Tensor:
+        """As the model has it."""
+        return self.values()
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertBlocks:
@@ -46,6 +50,8 @@ class ExpertBlocks:
     tensors: tuple[Tensor, ...]  # each [X, its rows, bytes of a row] uint8
     kind: str
     dtype: torch.dtype
+    turned: bool = False
+    """Whether the model's own parameter is [X, in, out], gates and ups in turn."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -63,6 +69,15 @@ class ExpertBlocks:
     def values(self) -> Tensor:
         """The weights [X, out, in] in full."""
         return torch.stack([self[expert].values() for expert in range(len(self))])
+
+    def parameter(self) -> Tensor:
+        """The weights as the model has them."""
+        values = self.values()
+        if not self.turned:
+            return values
+        if len(self.tensors) == 2:
+            values = torch.stack(values.chunk(2, dim=1), dim=2).flatten(1, 2)
+        return values.mT.contiguous()
 
 
 def _elements(blocks: Tensor, kind: str) -> int:

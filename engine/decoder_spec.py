@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine import block_weight
-from tokenmill.engine.block_weight import Blocks, ExpertBlocks, Weight
+from tokenmill.engine.block_weight import Blocks, Weight
+from tokenmill.engine.group_weight import GroupExperts
 from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 from tokenmill.kernels.reference import Routing
 
@@ -125,8 +126,10 @@ class Experts:
             gate_up, down = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (gate_up, down))
         if self.interleaved:
             rows = torch.arange(gate_up.shape[1]).view(-1, 2).T.flatten()
-            assert not isinstance(gate_up, ExpertBlocks)
-            gate_up = gate_up[:, rows] if isinstance(gate_up, Tensor) else gate_up.with_rows(rows)
+            if isinstance(gate_up, Tensor):
+                gate_up = gate_up[:, rows]
+            elif isinstance(gate_up, GroupExperts):
+                gate_up = gate_up.with_rows(rows)
             bias = None if bias is None else bias[:, rows]
         self.gate_up, self.down = (x.contiguous() if isinstance(x, Tensor) else x for x in (gate_up, down))
         self.gate_up_bias = bias

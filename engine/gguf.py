@@ -3,15 +3,15 @@
     blk.0.attn_q.weight  Q4_1  ──▶  model.layers.0.self_attn.q_proj.weight  BlockWeight (the mapped file)
     output_norm.weight   F32   ──▶  model.norm.weight                       Tensor
 
-Families of which llama.cpp's converter changed no more than names, the order of rows and norms' offsets. The
+Families of which llama.cpp's converter changed no more than names, the order of rows and heads, and norms' offsets
+(`gguf_names.py`). The
 module is built around weights that take no memory, and the decoder's description of it then gets the blocks in their
 place (`stand_ins.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.engine.block_weight import Blocks, BlockWeight, ExpertBlocks
+from tokenmill.engine.gguf_names import FAMILIES, Family, checkpoint_name
 from tokenmill.engine.load_error import LoadError
 from tokenmill.engine.weight_files import GGUFSummary, GGUFTensor
 from tokenmill.kernels.cpu.quantized import BLOCKS
@@ -27,82 +28,17 @@ from tokenmill.kernels.cpu.quantized import BLOCKS
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IN_CONFIG = {"rope_freqs.weight"}
 """Tensors that became part of the config (gguf_cache.py)."""
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-"""Those of a mixture's, gate and up apart. `_join_experts` brings them together, as transformers holds them."""
-SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-
-LFM2 = {
-    "token_embd_norm": "model.embedding_norm",
-    "attn_norm": "operator_norm",
-    "attn_output": "self_attn.out_proj",
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-    "shortconv.in_proj": "conv.in_proj",
-    "shortconv.conv": "conv.conv",
-    "shortconv.out_proj": "conv.out_proj",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How the tensors of an architecture differ from a checkpoint's."""
-
-    names: Mapping[str, str]
-    """What is called otherwise than in `NAMES`."""
-    turned: bool = False
-    """Rows of q and k lie in the order of a RoPE that turns neighbouring pairs, not halves of a head."""
-    norm_offset: float = 0.0
-    """What the converter added to norms' weights."""
-
-
-FAMILIES = {
-    "llama": Family({}, turned=True),
-    "qwen2": Family({}),
-    "qwen3": Family({}),
-    "qwen2moe": Family(EXPERTS),
-    "qwen3moe": Family(EXPERTS),
-    "phi3": Family({"ffn_up": "mlp.gate_up_proj"}),
-    "starcoder2": Family({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
-    "gemma2": Family(SANDWICH, norm_offset=1.0),
-    "gemma3": Family(SANDWICH, norm_offset=1.0),
-    "lfm2": Family(LFM2),
-}
-"""By `general.architecture`. llama also is mistral."""
+WITH_VALUE_HEADS = (
+    "attn_qkv",
+    "attn_gate",
+    "ssm_conv1d",
+    "ssm_alpha",
+    "ssm_beta",
+    "ssm_a",
+    "ssm_dt",
+    "ssm_out",
+)
+"""Tensors of a gated delta net that have something for each of its value heads."""
 
 
 def is_known(summary: GGUFSummary) -> bool:
@@ -148,31 +84,56 @@ def read_tensors(
     mapped = torch.from_numpy(np.memmap(file, mode="c", dtype=np.uint8))
     found: dict[str, Tensor | Blocks] = {}
     for tensor in summary.tensors:
-        if tensor.name in IN_CONFIG:
+        if tensor.name in IN_CONFIG or (family.looks_ahead and _stands_behind(tensor.name, config)):
             continue
         weight = _read(mapped, tensor, dtype, family)
         if family.turned and (heads := _turned_heads(tensor.name, config)):
-            weight = _turn_back(weight, heads)
+            weight = _rows(weight, torch.arange(weight.shape[0]).view(heads, -1, 2).transpose(1, 2).flatten())
+        if family.tiled_heads:
+            weight = _heads_in_groups(tensor.name, weight, config)
         found[checkpoint_name(tensor.name, family)] = weight
-    _join_experts(found)
+    _join_experts(found, family)
     return found
 
 
-def _join_experts(found: dict[str, Tensor | Blocks]) -> None:
+def _stands_behind(name: str, config: Any) -> bool:
+    """Whether a tensor is of a block behind the model's own."""
+    parts = name.split(".")
+    return parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) >= config.num_hidden_layers
+
+
+def _join_experts(found: dict[str, Tensor | Blocks], family: Family) -> None:
     """Put `….experts.gate_up_proj` and `….experts.down_proj` in the place of the three that a file has."""
     for name in [name for name in found if name.endswith(".experts.gate_proj.weight")]:
         stem = name.removesuffix("gate_proj.weight")
         gate, up, down = (found.pop(f"{stem}{part}_proj.weight", None) for part in ("gate", "up", "down"))
         if isinstance(gate, Tensor) and isinstance(up, Tensor):
-            found[f"{stem}gate_up_proj"] = torch.cat([gate, up], dim=1)
+            found[f"{stem}gate_up_proj"] = _in_turn(gate, up).mT if family.turned_experts else _one(gate, up)
         elif isinstance(gate, ExpertBlocks) and isinstance(up, ExpertBlocks) and gate.kind == up.kind:
-            found[f"{stem}gate_up_proj"] = replace(gate, tensors=(*gate.tensors, *up.tensors))
+            joined = replace(gate, tensors=(*gate.tensors, *up.tensors), turned=family.turned_experts)
+            found[f"{stem}gate_up_proj"] = joined
         else:
             raise LoadError(
                 f"quantization gguf: {name} and its up_proj aren't of one type; leave quantization out"
             )
-        if down is not None:
-            found[f"{stem}down_proj"] = down
+        if isinstance(down, Tensor):
+            found[f"{stem}down_proj"] = down.mT if family.turned_experts else down
+        elif isinstance(down, ExpertBlocks):
+            found[f"{stem}down_proj"] = replace(down, turned=family.turned_experts)
+        gates, ups, downs = (found.pop(f"{stem}{part}_proj.bias", None) for part in ("gate", "up", "down"))
+        if isinstance(gates, Tensor) and isinstance(ups, Tensor) and isinstance(downs, Tensor):
+            found[f"{stem}gate_up_proj_bias"] = _in_turn(gates, ups)
+            found[f"{stem}down_proj_bias"] = downs
+
+
+def _one(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows [X, I, …] of gates, then as many of ups."""
+    return torch.cat([gate, up], dim=1)
+
+
+def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows [X, I, …] of gates and ups, each gate beside its up."""
+    return torch.stack([gate, up], dim=2).flatten(1, 2)
 
 
 def read_values(file: Path, summary: GGUFSummary, name: str) -> Tensor | None:
@@ -184,19 +145,6 @@ def read_values(file: Path, summary: GGUFSummary, name: str) -> Tensor | None:
     return data.view(PLAIN[tensor.kind]).view(tensor.shape).float()
 
 
-def checkpoint_name(name: str, family: Family) -> str:
-    """A tensor's name in a transformers checkpoint; raises LoadError for one that has none."""
-    parts = name.split(".")
-    within = parts[0] == "blk"
-    stem, suffix = ".".join(parts[2 if within else 0 : -1]), parts[-1]
-    known = {**NAMES, **family.names}.get(stem)
-    if known is None or suffix not in ("weight", "bias") or within == known.startswith(("model.", "lm_head")):
-        raise LoadError(
-            f"quantization gguf: the file holds {name:.60}, which isn't understood; leave quantization out"
-        )
-    return f"model.layers.{parts[1]}.{known}.{suffix}" if within else f"{known}.{suffix}"
-
-
 def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family) -> Tensor | Blocks:
     data = mapped[tensor.begin : tensor.begin + tensor.bytes]
     if tensor.kind not in PLAIN and len(tensor.shape) == 3:
@@ -206,9 +154,11 @@ def _read(mapped: Tensor, tensor: GGUFTensor, dtype: torch.dtype, family: Family
     values = data.view(PLAIN[tensor.kind]).view(tensor.shape)
     if tensor.name.endswith("ffn_gate_inp_shexp.weight"):
         values = values.view(1, -1)  # a matrix of one row, which the converter wrote as a vector
-    if tensor.name.endswith("shortconv.conv.weight"):
+    if tensor.name.endswith(("shortconv.conv.weight", "ssm_conv1d.weight")):
         values = values.unsqueeze(1)  # each channel is convolved by itself
-    if tensor.name.endswith("norm.weight") and family.norm_offset:
+    if tensor.name.endswith("ssm_a"):
+        values = (-values).log()
+    if tensor.name.endswith("norm.weight") and tensor.name.split(".")[-2] not in family.plain_norms:
         values = values.float() - family.norm_offset
     return values.to(dtype)
 
@@ -220,10 +170,36 @@ def _turned_heads(name: str, config: Any) -> int:
     return int(config.num_key_value_heads) if ".attn_k." in name else 0
 
 
-def _turn_back(weight: Tensor | Blocks, heads: int) -> Tensor | Blocks:
-    """Rows (first, second, first, …) of each head as (first …, second …), the way that transformers pairs them."""
-    rows = torch.arange(weight.shape[0]).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+def _heads_in_groups(name: str, weight: Tensor | Blocks, config: Any) -> Tensor | Blocks:
+    """Value heads beside each other that share a key head, where the file has the first of each, then the second."""
+    keys, share = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    part = name.split(".", 2)[-1].split(".")[0]
+    if share == 1 or part not in WITH_VALUE_HEADS:
+        return weight
+    heads = torch.arange(keys * share).view(share, keys).T.flatten()
+    size = config.linear_value_head_dim
+    values = (heads[:, None] * size + torch.arange(size)).flatten()
+    if part == "ssm_out":
+        return _columns(weight, heads, size)
+    if part in ("attn_qkv", "ssm_conv1d"):
+        before = weight.shape[0] - len(values)
+        return _rows(weight, torch.cat([torch.arange(before), before + values]))
+    return _rows(weight, values if part == "attn_gate" else heads)
+
+
+def _rows(weight: Tensor | Blocks, rows: Tensor) -> Tensor | Blocks:
     if isinstance(weight, BlockWeight):
-        return BlockWeight(weight.blocks[rows], weight.kind, weight.dtype)
+        return replace(weight, blocks=weight.blocks[rows])
     assert isinstance(weight, Tensor)
     return weight[rows]
+
+
+def _columns(weight: Tensor | Blocks, order: Tensor, size: int) -> Tensor | Blocks:
+    """The inputs of heads of `size` in another order. Where a block reaches over several heads, it is unpacked."""
+    if isinstance(weight, BlockWeight):
+        if size % BLOCKS[weight.kind].elements == 0:
+            heads = weight.blocks.view(weight.shape[0], len(order), -1)
+            return replace(weight, blocks=heads[:, order].flatten(1))
+        weight = weight.values()
+    assert isinstance(weight, Tensor)
+    return weight.view(weight.shape[0], len(order), size)[:, order].flatten(1)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tokenmill.engine import gguf
 from tokenmill.engine.disk_cache import cache_root, key_of, write_file, write_folder
+from tokenmill.engine.gguf_config import configs_known
 from tokenmill.engine.load_error import LoadError, first_line
 from tokenmill.engine.model_class import causal_lm_class
 from tokenmill.engine.progress import Progress, quiet
@@ -94,7 +95,7 @@ def convert(
         model_class, own = causal_lm_class(config)
         weights = gguf.read_tensors(file, summary, own, dtype)
         tensors = {
-            name: each if isinstance(each, Tensor) else each.values() for name, each in weights.items()
+            name: each if isinstance(each, Tensor) else each.parameter() for name, each in weights.items()
         }
         cpu = torch.device("cpu")
         model = read_weights(None, model_class, own, cpu, dtype, progress, paged=False, tensors=tensors)
@@ -134,7 +135,7 @@ def _reading(file: Path, stage: str, progress: Progress) -> Iterator[dict[str, A
     progress(stage, None)
     try:
         # The reader draws a bar of its own.
-        with quiet(stage, progress), redirect_stderr(io.StringIO()), _one_reader():
+        with quiet(stage, progress), redirect_stderr(io.StringIO()), _one_reader(), configs_known():
             yield {
                 "pretrained_model_name_or_path": str(file.parent),
                 "gguf_file": file.name,

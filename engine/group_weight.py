@@ -30,6 +30,10 @@ class GroupWeight:
         """The weight [out, in] in full."""
         return self.read().values().to(self.dtype)
 
+    def parameter(self) -> Tensor:
+        """As the model has it."""
+        return self.values()
+
 
 @dataclass(frozen=True, slots=True)
 class GroupExperts:
@@ -79,6 +83,10 @@ class GroupExperts:
     def values(self) -> Tensor:
         """The weights [X, out, in] in full."""
         return torch.stack([self.read(expert).values().to(self.dtype) for expert in range(len(self))])
+
+    def parameter(self) -> Tensor:
+        """The weights as the model has them."""
+        return self.values().mT.contiguous() if self.turned else self.values()
 
 
 def alike(parts: Sequence[Groups]) -> list[Groups]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tokenmill.engine.block_weight import Blocks
+from tokenmill.engine.block_weight import Blocks, ExpertBlocks
 from tokenmill.engine.decoder_spec import DecoderSpec, replace_tensors
 from tokenmill.engine.group_weight import GroupExperts
 from tokenmill.engine.load_error import LoadError
@@ -28,7 +28,7 @@ def stand_ins(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Tensor]:
 
 def _shape(weight: Blocks) -> tuple[int, ...]:
     """That of the parameter."""
-    if isinstance(weight, GroupExperts) and weight.turned:
+    if isinstance(weight, GroupExperts | ExpertBlocks) and weight.turned:
         return weight.shape[0], weight.shape[2], weight.shape[1]
     return weight.shape
 
@@ -83,8 +83,7 @@ def describe_around(
     if not needed:
         return spec
     for name in needed:
-        # Experts that a module holds as [X, in, out] are never taken apart.
-        module.get_parameter(name).data = blocks[name].values()
+        module.get_parameter(name).data = blocks[name].parameter()
     spec = read_off()
     _put(spec, module, {name: weight for name, weight in blocks.items() if name not in needed})
     return spec

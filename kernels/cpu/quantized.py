@@ -43,6 +43,8 @@ class BlockKind:
     """Where the half-precision factors of a super-block stand; group scales are products with these."""
     scale_factor: int = 1
     """The largest integer that such a factor is multiplied with."""
+    powers: bool = False
+    """Whether a block begins with its scale as a power of two, in a byte."""
 
 
 BLOCKS = {
@@ -54,6 +56,7 @@ BLOCKS = {
     "Q4_K": BlockKind(21, 256, 144, INT4, 32, minima=True, scale_at=(0, 2), scale_factor=63),
     "Q5_K": BlockKind(22, 256, 176, INT8, 32, minima=True, scale_at=(0, 2), scale_factor=63),
     "Q6_K": BlockKind(23, 256, 210, INT8, 16, scale_at=(208,), scale_factor=128),
+    "MXFP4": BlockKind(24, 32, 17, FLOAT4, 32, powers=True),
 }
 """GGUF types by name. Q5 and Q6 integers take a byte each once packed."""
 
@@ -123,7 +126,7 @@ class QuantizedLinear(PackedLinear):
         struct = PackedStruct(
             format=block.format, group=block.group, zero_point=block.zero_point, minima=block.minima, unit=1.0
         )
-        if block.scale_at:
+        if block.scale_at or block.powers:
             struct.unit = _unit(largest_scale(blocks, kind) if largest is None else largest)
         linear = cls.__new__(cls)
         inputs = blocks.shape[1] // block.block_bytes * block.elements
@@ -199,6 +202,8 @@ def _regrouped(weight: Groups) -> tuple[Tensor, Tensor | None, int]:
 def largest_scale(blocks: Tensor, kind: str) -> float:
     """The largest magnitude of the scales and minima in blocks [out, bytes of a row]; 0 where they need no unit."""
     block = BLOCKS[kind]
+    if block.powers:
+        return math.ldexp(1.0, int(blocks.view(-1, block.block_bytes)[:, 0].amax()) - 128)
     factors = [float(_halves(blocks, block, at).abs().amax()) for at in block.scale_at]
     return max(factors, default=0.0) * block.scale_factor
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import tiny
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
     "starcoder2": "starcoder2", "gemma2": "gemma2", "gemma3_text": "gemma3", "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe", "lfm2": "lfm2",
+    "qwen3_moe": "qwen3moe", "lfm2": "lfm2", "qwen3_5_text": "qwen35",
 }  # fmt: skip
 """A checkpoint's model_type → what llama.cpp calls it."""
 GEMMA = {
@@ -45,7 +45,16 @@ LFM2 = {
     "conv.in_proj": "shortconv.in_proj", "conv.conv": "shortconv.conv", "conv.out_proj": "shortconv.out_proj",
     "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up", "feed_forward.w2": "ffn_down",
 }  # fmt: skip
-Q4_1 = ".*(proj|c_fc|w[123]).weight"
+QWEN35 = {
+    "post_attention_layernorm": "post_attention_norm", "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
+}  # fmt: skip
+GPT_OSS = {"post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp"}
+WHOLE = {
+    "linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias", "self_attn.sinks": "attn_sinks.weight",
+}  # fmt: skip
+Q4_1 = ".*(proj|c_fc|w[123]|in_proj_qkv|in_proj_z).weight"
 
 
 def gguf_of(
@@ -63,7 +72,7 @@ def gguf_of(
     """
     folder = folder or tiny(model_type, **overrides)
     config = json.loads((folder / "config.json").read_text())
-    architecture = ARCHITECTURES[model_type]
+    architecture = {**ARCHITECTURES, "gpt_oss": "gpt-oss"}[model_type]
     writer = GGUFWriter(str(file), architecture)
     _write_config(writer, config, architecture)
     _write_tokenizer(writer, folder)
@@ -85,7 +94,18 @@ def _with_joined_experts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     joined: dict[str, list[Tensor]] = {}
     for name in sorted(weights, key=lambda name: [int(x) if x.isdigit() else 0 for x in name.split(".")]):
         joined.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(weights[name])
-    return {name: torch.stack(each) if ".experts." in name else each[0] for name, each in joined.items()}
+    found = {name: torch.stack(each) if ".experts." in name else each[0] for name, each in joined.items()}
+    for name in [name for name in found if re.search(r"experts\.(gate_up|down)_proj(_bias)?$", name)]:
+        # gpt-oss's: [X, in, out], gates and ups in turn.
+        stem, suffix = name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+        weight = found.pop(name)[0]
+        weight = weight if suffix == "bias" else weight.mT
+        if stem.endswith("gate_up_proj"):
+            found[f"{stem.replace('gate_up', 'gate')}.{suffix}"] = weight[:, ::2]
+            found[f"{stem.replace('gate_up', 'up')}.{suffix}"] = weight[:, 1::2]
+        else:
+            found[f"{stem}.{suffix}"] = weight
+    return found
 
 
 def unpacked_model(file: Path, dtype: torch.dtype = torch.float32, expert_size: int = 32) -> Any:
@@ -147,10 +167,19 @@ def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str)
     elif architecture != "lfm2":
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
+    if architecture == "qwen35":
+        _write_delta_net(writer, config)
+    if architecture == "gpt-oss":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     writer.add_rope_freq_base(
         rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"]
     )
-    writer.add_rope_dimension_count(size)
+    writer.add_rope_dimension_count(int(size * rope.get("partial_rotary_factor", 1)))
     writer.add_key_length(size)
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
@@ -159,6 +188,17 @@ def _write_config(writer: GGUFWriter, config: dict[str, Any], architecture: str)
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _write_delta_net(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    writer.add_full_attention_interval(config["layer_types"].index("full_attention") + 1)
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
+    pairs = int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]) // 2
+    writer.add_rope_dimension_sections([pairs - 2, 1, 1, 0])
 
 
 def _write_tokenizer(writer: GGUFWriter, folder: Path) -> None:
@@ -177,22 +217,43 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path) -> None:
     writer.add_chat_template("{{ messages[0]['content'] }}")
 
 
+def _in_turns(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+    """A delta net's weight with the first value head of each key head before the second of each."""
+    keys, size = config["linear_num_key_heads"], config["linear_value_head_dim"]
+    part = name.split("linear_attn.")[1].split(".")[0]
+    if part == "A_log":
+        weight = -weight.exp()
+    if part == "norm":
+        return weight
+    if part == "out_proj":
+        return weight.unflatten(1, (keys, -1, size)).transpose(1, 2).flatten(1)
+    weight = weight.squeeze(1) if part == "conv1d" else weight
+    before = 2 * keys * config["linear_key_head_dim"] if part in ("in_proj_qkv", "conv1d") else 0
+    each = size if before or part == "in_proj_z" else 1
+    turned = weight[before:].unflatten(0, (keys, -1, each)).transpose(0, 1).flatten(0, 2)
+    return torch.cat([weight[:before], turned])
+
+
 def _gguf_name(name: str, architecture: str) -> str:
     names = {
         **NAMES,
         **(GEMMA if architecture.startswith("gemma") else {}),
-        **(LFM2 if architecture == "lfm2" else {}),
+        **{"lfm2": LFM2, "qwen35": QWEN35, "gpt-oss": GPT_OSS}.get(architecture, {}),
     }
     stem, suffix = name.rsplit(".", 1)
     layer = re.match(r"model\.layers\.(\d+)\.", stem)
+    if layer and name[layer.end() :] in WHOLE:
+        return f"blk.{layer[1]}.{WHOLE[name[layer.end() :]]}"
     known = names[stem[layer.end() :] if layer else stem]
     return f"blk.{layer[1]}.{known}.{suffix}" if layer else f"{known}.{suffix}"
 
 
 def _as_llama_cpp(name: str, weight: Tensor, config: dict[str, Any], architecture: str) -> Tensor:
     """llama.cpp turns neighbouring pairs of a head, transformers its halves; and its norms hold what they scale by."""
-    if architecture.startswith("gemma") and "norm" in name:
+    if architecture.startswith(("gemma", "qwen35")) and "norm" in name and "linear_attn" not in name:
         return weight + 1
+    if "linear_attn" in name:
+        return _in_turns(name, weight, config)
     if name.endswith("shared_expert_gate.weight"):
         return weight.flatten()
     if name.endswith("conv.conv.weight"):

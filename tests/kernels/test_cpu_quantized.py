@@ -31,7 +31,9 @@ def random_blocks(kind: str, outputs: int, inputs: int) -> tuple[Tensor, Tensor]
     blocks = torch.randint(
         0, 256, (outputs, count, block.block_bytes), dtype=torch.uint8, generator=generator
     )
-    for at in block.scale_at or ((0, 2) if block.minima else (0,)):
+    if block.powers:
+        blocks[:, :, 0] = torch.randint(100, 125, (outputs, count), dtype=torch.uint8, generator=generator)
+    for at in () if block.powers else block.scale_at or ((0, 2) if block.minima else (0,)):
         factors = torch.rand(outputs, count, 1, generator=generator) * 0.01 - 0.002
         blocks[:, :, at : at + 2] = factors.half().view(torch.uint8).reshape(outputs, count, 2)
     blocks = blocks.reshape(outputs, -1)

@@ -1,6 +1,7 @@
 // GGUF's quantized blocks, as the format's specification lays them out: a group at a time, integers unchanged.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -8,7 +9,7 @@
 
 namespace tokenmill {
 
-enum Block { kQ4_0 = 16, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K };
+enum Block { kQ4_0 = 16, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kMxfp4 };
 constexpr int kGroups = 32;  // a source that is no block: quantize.cpp's Groups
 
 // weight = scale * integer + minimum, for each input of the group.
@@ -90,6 +91,13 @@ inline void read_q6_k(const uint8_t* block, int index, Group& group) {
   }
 }
 
+// A power of two and 32 nibbles that are 4-bit floats; the integers of kFloat4 are these nibbles, twice their values.
+inline void read_mxfp4(const uint8_t* block, Group& group) {
+  group.scale = std::ldexp(1.0f, block[0] - 128);
+  group.minimum = 0;
+  read_nibbles(block + 1, 0, 0, group.integers);
+}
+
 // The group that begins with element `first` of blocks that lie one after the other, row after row.
 inline void read_block_group(int kind, const uint8_t* blocks, int64_t first, Group& group) {
   const int64_t block = first / 32, super = first / 256;
@@ -109,6 +117,8 @@ inline void read_block_group(int kind, const uint8_t* blocks, int64_t first, Gro
       return read_q45_k(blocks + super * 144, index / 32, false, group);
     case kQ5_K:
       return read_q45_k(blocks + super * 176, index / 32, true, group);
+    case kMxfp4:
+      return read_mxfp4(blocks + block * 17, group);
     default:
       return read_q6_k(blocks + super * 210, index / 16, group);
   }
