@@ -37,7 +37,10 @@ class AttentionKernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one attention layer keeps a token: sizes of its cache, and how far back it looks (0: all)."""
+    """What one attention layer keeps a token: sizes of its cache, and how far back it looks (0: all).
+
+    A layer that looks up what another one keeps has no KV heads of its own.
+    """
 
     kv_heads: int
     key_size: int

@@ -42,8 +42,10 @@ class CpuKernels(ReferenceKernels):
 
     rope_store = staticmethod(elementwise.rope_store)
     rms_norm = staticmethod(elementwise.rms_norm)
+    norm_add = staticmethod(elementwise.norm_add)
     layer_norm = staticmethod(elementwise.layer_norm)
     activate = staticmethod(elementwise.activate)
+    act_mul = staticmethod(elementwise.act_mul)
     gate_add = staticmethod(elementwise.gate_add)
     gate_mul = staticmethod(recurrent.gate_mul)
     apply_penalties = staticmethod(sampling.apply_penalties)

@@ -106,6 +106,14 @@ class TracingKernels(CpuKernels):
         return elementwise.rms_norm(x, weight, eps, offset)
 
     @staticmethod
+    def norm_add(
+        x: Any, weight: Tensor, eps: float, offset: float, residual: Any, scale: float = 1.0
+    ) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.norm_add(x.value, weight, eps, offset, residual.value, scale))
+        return elementwise.norm_add(x, weight, eps, offset, residual, scale)
+
+    @staticmethod
     def layer_norm(x: Any, weight: Tensor, bias: Tensor | None, eps: float) -> Any:
         if isinstance(x, Traced):
             return x.on(x.tape.layer_norm(x.value, weight, bias, eps))
@@ -116,6 +124,12 @@ class TracingKernels(CpuKernels):
         if isinstance(x, Traced):
             return x.on(x.tape.activate(x.value, activation))
         return elementwise.activate(x, activation)
+
+    @staticmethod
+    def act_mul(x: Any, other: Any, start: int, activation: str) -> Any:
+        if isinstance(x, Traced):
+            return x.on(x.tape.act_mul(x.value, other.value, start, activation))
+        return elementwise.act_mul(x, other, start, activation)
 
     def norm_whole(self, qkv: Any, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float) -> Any:
         if isinstance(qkv, Traced):

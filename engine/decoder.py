@@ -24,12 +24,14 @@ from tokenmill.engine.kernel_set import (
     Convolve,
     GatedNormalize,
     Mixture,
+    NormAdd,
     Normalize,
     Product,
     Recur,
     ReferenceKernels,
     Router,
 )
+from tokenmill.engine.layer_inputs import LayerInput, LayerInputs
 from tokenmill.kernels.reference import Routing
 
 NOTHING = torch.empty(0)
@@ -53,12 +55,14 @@ class _Block:
 
     layer: spec.Layer
     attention_in: Normalize
-    attention_out: Normalize | None
+    attention_out: NormAdd | None
     mlp_in: Normalize
-    mlp_out: Normalize | None
+    mlp_out: NormAdd | None
     mixer: _Attend | _Carry
     out: Sum
     feed: _Dense | _Sparse
+    beside: _Beside | None
+    own_input: LayerInput | None
 
 
 @dataclass(slots=True)
@@ -101,6 +105,17 @@ class _Sparse:
     shared_gate: Product | None
 
 
+@dataclass(slots=True)
+class _Beside:
+    """A mixture of experts beside the MLP, with the norms around both."""
+
+    sparse: _Sparse
+    router_in: Normalize
+    experts_in: Normalize
+    mlp_out: Normalize
+    experts_out: NormAdd
+
+
 class Decoder:
     """Logits of a step's tokens. Takes the weights out of `model` as it goes.
 
@@ -119,9 +134,10 @@ class Decoder:
         _drop(model.head, model)
         self._norm = self._normalize(model.norm, [head])
         self._head = head if spread is None else spread.joined(head)
-        self._blocks = [self._block(layer) for layer in model.layers]
+        self._inputs = None if model.inputs is None else LayerInputs(model.inputs, kernels)
+        self._blocks = [self._block(layer, index) for index, layer in enumerate(model.layers)]
 
-    def _block(self, layer: spec.Layer) -> _Block:
+    def _block(self, layer: spec.Layer, index: int) -> _Block:
         make, source = self._kernels.make_linear, layer.mixer
         mixer: _Attend | _Carry
         if isinstance(source, spec.Attention):
@@ -140,15 +156,18 @@ class Decoder:
         up = [feed.up] if isinstance(feed, _Dense) else []
         if layer.parallel:
             readers = [*readers, *up] if up and readers else []
+        own, scale = layer.own_input, layer.out_scale
         block = _Block(
             layer,
             attention_in=self._normalize(layer.attention_in, readers),
-            attention_out=self._normalize(layer.attention_out) if layer.attention_out else None,
+            attention_out=self._norm_add(layer.attention_out),
             mlp_in=self._normalize(layer.mlp_in, up),
-            mlp_out=self._normalize(layer.mlp_out) if layer.mlp_out else None,
+            mlp_out=self._norm_add(layer.mlp_out, scale if own is None else 1.0),
             mixer=mixer,
             out=self._summed(make([source.out.weight], [source.out.bias], None)),
             feed=feed,
+            beside=None if layer.beside is None else self._mixture_beside(layer.beside),
+            own_input=None if own is None else LayerInput(own, index, scale, self._kernels),
         )
         _drop(source.out)
         return block
@@ -208,6 +227,28 @@ class Decoder:
         _drop(experts.router, experts, *([] if gate is None else [gate]))
         return sparse
 
+    def _mixture_beside(self, beside: spec.Beside) -> _Beside:
+        return _Beside(
+            self._sparse(beside.experts),
+            self._normalize(beside.router_in),
+            self._normalize(beside.experts_in),
+            self._normalize(beside.mlp_out),
+            self._kernels.make_norm_add(
+                beside.experts_out.weight, beside.experts_out.eps, beside.experts_out.offset, 1.0
+            ),
+        )
+
+    def _norm_add(self, norm: spec.Norm | None, scale: float = 1.0) -> NormAdd | None:
+        """A norm behind a block, with the residual sum after it, and what leaves the layer times `scale`."""
+        if norm is None:
+            return None
+        normalize, inner = self._normalize(norm), self._spec.residual_scale
+        if inner != 1.0:
+            return lambda x, residual: residual + normalize(x) * inner
+        if norm.mean:
+            return lambda x, residual: residual + normalize(x)
+        return self._kernels.make_norm_add(norm.weight, norm.eps, norm.offset, scale)
+
     def _normalize(self, norm: spec.Norm | None, into: Sequence[Product] = ()) -> Normalize:
         if norm is None:
             return lambda x: x
@@ -229,9 +270,12 @@ class Decoder:
         x = self._embed(input_ids)
         if model.embed_scale != 1.0:
             x = x * model.embed_scale
+        inputs = None if self._inputs is None else self._inputs(input_ids, x)
         angles = [(rope.cos[positions], rope.sin[positions]) for rope in model.ropes]
         for index, block in enumerate(self._blocks):
             x = self._layer(block, x, index, angles, metadata)
+            if block.own_input is not None and inputs is not None:
+                x = block.own_input(x, inputs)
         if logits_index is not None:
             x = x[logits_index]
         logits = self._head(self._norm(x), None, out)
@@ -269,7 +313,8 @@ class Decoder:
         metadata: AttentionMetadata,
     ) -> Tensor:
         attention = attend.attention
-        k_cache, v_cache = metadata.caches[index]
+        held = index if attention.shares is None else attention.shares
+        k_cache, v_cache = metadata.caches[held]
         cos, sin = (None, None) if attention.rope is None else angles[attention.rope]
         qkv, q_norm, k_norm = attend.qkv(normed, None), attention.q_norm, attention.k_norm
         if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attention.head_size:
@@ -288,9 +333,11 @@ class Decoder:
             eps=1e-6 if q_norm is None else q_norm.eps,
             norm_offset=0.0 if q_norm is None else q_norm.offset,
             interleaved=attention.rope is not None and self._spec.ropes[attention.rope].interleaved,
+            value_norm=attention.value_norm,
+            stores=attention.shares is None,
         )
         out = metadata.look_up(
-            index,
+            held,
             query,
             scale=attention.scale,
             window=attention.window,
@@ -315,7 +362,24 @@ class Decoder:
         if isinstance(feed, _Sparse):
             mix = self._summed(partial(self._mix, feed, slots=slots))
             return self._add(mix, normed, x, block.mlp_out)
+        if block.beside is not None:
+            return self._add(partial(self._both, feed, block.beside, x, slots), normed, x, block.mlp_out)
         return self._add(feed.down, self._raise(feed, normed), x, block.mlp_out)
+
+    def _both(
+        self,
+        feed: _Dense,
+        beside: _Beside,
+        x: Tensor,
+        slots: Tensor,
+        normed: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """What the MLP brings for `normed`, and the experts beside it for x."""
+        dense, sparse = feed.down(self._raise(feed, normed), None), beside.sparse
+        choice = self._kernels.route(sparse.router(beside.router_in(x)), sparse.routing, slots)
+        mixed = sparse.mix(beside.experts_in(x), *choice, None)
+        return beside.experts_out(mixed, beside.mlp_out(dense))
 
     def _raise(self, dense: _Dense, normed: Tensor) -> Tensor:
         """What goes into the down product: act(gate) * up, or act(up)."""
@@ -339,15 +403,12 @@ class Decoder:
         product: Sum,
         hidden: Tensor,
         x: Tensor,
-        norm: Normalize | None,
+        norm: NormAdd | None,
     ) -> Tensor:
         scale = self._spec.residual_scale
-        if norm is None and scale == 1.0:
-            return product(hidden, x)
-        out = product(hidden, None)
         if norm is not None:
-            out = norm(out)
-        return x + out * scale if scale != 1.0 else x + out
+            return norm(product(hidden, None), x)
+        return product(hidden, x) if scale == 1.0 else x + product(hidden, None) * scale
 
 
 def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:

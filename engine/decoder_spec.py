@@ -46,6 +46,8 @@ class Attention:
     """`qkv` holds the parts of one product in the order q, k, v. `rope` indexes `DecoderSpec.ropes`; None: no RoPE.
 
     What is attended to is multiplied by the sigmoid of `gate`'s outputs [heads * head_size], where that is given.
+    `value_norm`: value heads get an RMS norm without a weight, with the eps of the others. A layer that `shares` the
+    keys and values of another, earlier one (its index) has no k and v, and keeps nothing.
     """
 
     qkv: list[Linear]
@@ -61,6 +63,8 @@ class Attention:
     k_norm: Norm | None
     rope: int | None
     gate: Linear | None = None
+    value_norm: bool = False
+    shares: int | None = None
 
 
 @dataclass(slots=True)
@@ -137,8 +141,47 @@ class Experts:
 
 
 @dataclass(slots=True)
+class Beside:
+    """Experts beside a layer's MLP (Gemma 4): router and experts each norm what the layer's norm reads, both results
+    are normed (`mlp_out`, `experts_out`), and their sum is what the layer's MLP brings."""
+
+    experts: Experts
+    router_in: Norm
+    experts_in: Norm
+    mlp_out: Norm
+    experts_out: Norm
+
+
+@dataclass(slots=True)
+class LayerInput:
+    """What a layer adds last: norm(project(act(gate(x)) * its part of what `LayerInputs` bring))."""
+
+    gate: Linear
+    activation: str
+    project: Linear
+    norm: Norm
+
+
+@dataclass(slots=True)
+class LayerInputs:
+    """An input [P] of each token to each layer, [T, L * P]: (norm(project(embedded)) + table[ids] * scale) * out_scale.
+
+    `norm` is over the P of each layer.
+    """
+
+    table: Weight
+    scale: float
+    project: Linear
+    norm: Norm
+    out_scale: float
+
+
+@dataclass(slots=True)
 class Layer:
-    """Norms stand before (`_in`) or after (`_out`) their block, or are missing. `parallel`: both read one norm."""
+    """Norms stand before (`_in`) or after (`_out`) their block, or are missing. `parallel`: both read one norm.
+
+    What leaves the layer is multiplied by `out_scale`, where its last step is a norm.
+    """
 
     mixer: Attention | Recurrent
     mlp: MLP | Experts
@@ -147,6 +190,9 @@ class Layer:
     mlp_in: Norm | None
     mlp_out: Norm | None
     parallel: bool
+    beside: Beside | None = None
+    own_input: LayerInput | None = None
+    out_scale: float = 1.0
 
 
 @dataclass(slots=True)
@@ -171,6 +217,7 @@ class DecoderSpec:
     logit_scale: float
     logit_softcap: float
     ropes: list[Rope] = field(default_factory=list)
+    inputs: LayerInputs | None = None
 
 
 def replace_tensors(part: Any, change: Callable[[Tensor], Tensor | Blocks]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenmill.engine import describe_gemma as gemma
 from tokenmill.engine import describe_parts as parts
 from tokenmill.engine.attention import Kept, LayerSpec, StateSpec
 from tokenmill.engine.decoder_spec import (
@@ -93,7 +94,11 @@ def describe(
         embedding=embedding.weight,
         embed_scale=_embed_scale(embedding, config),
         layers=[
-            _layer(layer, recurrent(layer, taken) or _attention(layer, attended, config, ropes, index, taken))
+            _layer(
+                layer,
+                recurrent(layer, taken) or _attention(layer, attended, config, ropes, index, taken),
+                taken,
+            )
             for index, layer in enumerate(inner.layers)
         ],
         norm=parts.norm(parts.one_of(inner, "norm", "final_layernorm", "embedding_norm")),
@@ -102,6 +107,7 @@ def describe(
         logit_scale=_logit_scale(config),
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         ropes=ropes.tables,
+        inputs=gemma.layer_inputs(inner),
     )
     if next(attended, None) is not None:
         raise NotUnderstood(f"more than {len(inner.layers)} attention layers in as many decoder layers")
@@ -132,7 +138,8 @@ def kept_by(spec: DecoderSpec) -> list[Kept]:
 
 def _kept(mixer: Attention | Recurrent) -> Kept:
     if isinstance(mixer, Attention):
-        return LayerSpec(mixer.kv_heads, mixer.head_size, mixer.head_size, mixer.window)
+        kv_heads = mixer.kv_heads if mixer.shares is None else 0
+        return LayerSpec(kv_heads, mixer.head_size, mixer.head_size, mixer.window)
     channels, taps = mixer.conv.weight.shape
     rule = mixer.rule
     return StateSpec(
@@ -140,8 +147,8 @@ def _kept(mixer: Attention | Recurrent) -> Kept:
     )
 
 
-def _layer(layer: nn.Module, mixer: Attention | Recurrent) -> Layer:
-    norms = {name: part for name, part in layer.named_children() if name.endswith("norm")}
+def _layer(layer: nn.Module, mixer: Attention | Recurrent, taken: list[Tensor]) -> Layer:
+    norms = {n: part for n, part in layer.named_children() if n.endswith("norm") and n != gemma.INPUT_NORM}
     places = NORM_PLACES.get(frozenset(norms))
     if places is None:
         raise NotUnderstood(f"a layer with the norms {', '.join(sorted(norms)) or 'none'}")
@@ -150,7 +157,12 @@ def _layer(layer: nn.Module, mixer: Attention | Recurrent) -> Layer:
         None if name is None else parts.norm(norms[str(name)]) for name in names
     )
     feed = _feed(layer, parts.one_of(layer, "mlp", "feed_forward", "block_sparse_moe", "shared_mlp"))
-    return Layer(mixer, feed, before, after, mlp_before, mlp_after, bool(parallel))
+    return Layer(
+        *(mixer, feed, before, after, mlp_before, mlp_after, bool(parallel)),
+        beside=gemma.beside(layer, taken),
+        own_input=gemma.layer_input(layer),
+        out_scale=gemma.out_scale(layer),
+    )
 
 
 def _attention(
@@ -167,10 +179,11 @@ def _attention(
         raise NotUnderstood(f"a {type(part).__name__} that doesn't attend")
     if cached.key_size != cached.value_size:
         raise NotUnderstood("keys and values of different sizes")
+    shares = gemma.shared_layer(part, config, index)
     if hasattr(part, "qkv_proj"):
         qkv = [parts.linear(part.qkv_proj)]
     else:
-        qkv = [parts.linear(getattr(part, name, None)) for name in ("q_proj", "k_proj", "v_proj")]
+        qkv = gemma.projections(part, shares)
     out = parts.linear(parts.one_of(part, "o_proj", "dense", "out_proj"))
     heads = out.weight.shape[1] // cached.key_size
     gate = None
@@ -197,6 +210,8 @@ def _attention(
         k_norm=k_norm,
         rope=ropes.of(part, config, index),
         gate=gate,
+        value_norm=gemma.norms_values(part),
+        shares=shares,
     )
 
 

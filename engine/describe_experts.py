@@ -32,8 +32,8 @@ def experts(block: nn.Module, beside: nn.Module | None = None) -> Experts:
         raise NotUnderstood(f"{type(block).__name__} with {min(strange)}")
     router, held = parts.one_of(block, "gate", "router"), parts.one_of(block, "experts")
     logits = _router_linear(router)
-    gate_up, down, transposed = _matrices(held)
-    activation, interleaved = _gate(held, down.shape[1 if transposed else 2])
+    gate_up, down, transposed = matrices(held)
+    activation, interleaved = gate(held, down.shape[1 if transposed else 2])
     shared_gate = getattr(block, "shared_expert_gate", None)
     return Experts(
         router=logits,
@@ -50,7 +50,7 @@ def experts(block: nn.Module, beside: nn.Module | None = None) -> Experts:
     )
 
 
-def _matrices(held: Any) -> tuple[Tensor, Tensor, bool]:
+def matrices(held: Any) -> tuple[Tensor, Tensor, bool]:
     """Gate with up, down, and whether each is stored as [X, in, out]."""
     gate_up, down = getattr(held, "gate_up_proj", None), getattr(held, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.ndim != 3:
@@ -63,12 +63,12 @@ def _matrices(held: Any) -> tuple[Tensor, Tensor, bool]:
     raise NotUnderstood(f"experts of {list(gate_up.shape)} and {list(down.shape)}")
 
 
-def _gate(held: Any, inner: int) -> tuple[str, bool]:
+def gate(held: Any, inner: int) -> tuple[str, bool]:
     """The activation, and whether gate and up rows take turns."""
-    gate, up = torch.meshgrid(torch.linspace(-12, 12, 49), torch.linspace(-12, 12, 25), indexing="ij")
-    gate, up = gate.reshape(-1, 1).expand(-1, inner), up.reshape(-1, 1).expand(-1, inner)
-    pairs = torch.cat([gate, up], dim=-1)
-    turns = torch.stack([gate, up], dim=-1).flatten(1)
+    low, up = torch.meshgrid(torch.linspace(-12, 12, 49), torch.linspace(-12, 12, 25), indexing="ij")
+    low, up = low.reshape(-1, 1).expand(-1, inner), up.reshape(-1, 1).expand(-1, inner)
+    pairs = torch.cat([low, up], dim=-1)
+    turns = torch.stack([low, up], dim=-1).flatten(1)
     expected = {name: reference.activation_mul(pairs, name) for name in ACTIVATIONS}
     for probe, interleaved in ((pairs, False), (turns, True)):
         try:

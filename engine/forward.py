@@ -265,7 +265,7 @@ class PagedForward:
 
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         for layer, (k_cache, v_cache) in zip(self._layers, self._cache.caches, strict=True):
-            if isinstance(layer, LayerSpec):
+            if isinstance(layer, LayerSpec) and layer.kv_heads:
                 self._kernels.copy_blocks(k_cache, v_cache, source, target)
 
     def copy_states(self, source: Tensor, target: Tensor) -> None:

@@ -80,6 +80,8 @@ class GpuKernels(ReferenceKernels):
         self.copy_states = gpu.copy_states
         self.paged_attention = self._attend
         self.rms_norm = self._rms_norm
+        self.norm_add = gpu.norm_add
+        self.act_mul = gpu.act_mul
         self.rope_store = self._rope_store
         self.token_logprobs = self._token_logprobs
         self.linear_space: Any = gpu.make_linear_workspace(device)

@@ -29,10 +29,12 @@ from tokenmill.engine import (
     decoder_spec,
     describe,
     describe_experts,
+    describe_gemma,
     describe_parts,
     describe_recurrent,
     fusion,
     kv_cache,
+    layer_inputs,
     rope,
     shrink,
 )
@@ -220,8 +222,8 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 def _file(fields: dict[str, Any]) -> Path:
     """Where the verdict on a twin is kept: it depends on the twin, the libraries and our own attention."""
     modules = (
-        attention, decoder, decoder_spec, describe, describe_experts, describe_parts, describe_recurrent, fusion,
-        recurrent, reference, rope, shrink,
+        attention, decoder, decoder_spec, describe, describe_experts, describe_gemma, describe_parts,
+        describe_recurrent, fusion, layer_inputs, recurrent, reference, rope, shrink,
     )  # fmt: skip
     code = [Path(str(module.__file__)).read_bytes() for module in modules]
     twin = json.dumps(fields, sort_keys=True, default=str)

@@ -24,6 +24,8 @@ from tokenmill.kernels.recurrent import Conv, GatedNorm, Rows, Rule
 
 Normalize = Callable[[Tensor], Tensor]
 """x [T, hidden] → what the products that follow take."""
+NormAdd = Callable[[Tensor, Tensor], Tensor]
+"""x, residual [T, hidden] → (residual + norm of x) * a scale."""
 Lookup = Callable[[Tensor], Tensor]
 """ids [T] int64 → rows [T, hidden] of the embedding."""
 Router = Callable[[Tensor], Tensor]
@@ -111,8 +113,10 @@ class ReferenceKernels:
     copy_blocks: Callable[..., None] = staticmethod(reference.copy_blocks)
     rope_store: Callable[..., Tensor] = staticmethod(reference.rope_store)
     rms_norm: Callable[..., Tensor] = staticmethod(reference.rms_norm)
+    norm_add: Callable[..., Tensor] = staticmethod(reference.norm_add)
     layer_norm: Callable[..., Tensor] = staticmethod(reference.layer_norm)
     activate: Callable[..., Tensor] = staticmethod(reference.activate)
+    act_mul: Callable[..., Tensor] = staticmethod(reference.act_mul)
     gate_add: Callable[..., Tensor] = staticmethod(reference.gate_add)
     gate_mul: Callable[..., Tensor] = staticmethod(recurrent.gate_mul)
     copy_states: Callable[..., None] = staticmethod(recurrent.copy_states)
@@ -144,6 +148,10 @@ class ReferenceKernels:
     def make_norm(self, weight: Tensor, eps: float, offset: float, into: Sequence[object]) -> Normalize:
         """An RMS norm whose result goes into the products `into` and nowhere else (none: anywhere)."""
         return lambda x: self.rms_norm(x, weight, eps, offset)
+
+    def make_norm_add(self, weight: Tensor, eps: float, offset: float, scale: float) -> NormAdd:
+        """An RMS norm behind a block, with the residual sum after it."""
+        return lambda x, residual: self.norm_add(x, weight, eps, offset, residual, scale)
 
     def norm_whole(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float

@@ -39,7 +39,7 @@ class KVCache:
 
     def touches(self) -> Iterator[None]:
         """Make a CPU cache's first blocks ready, those of one tensor each time that the iterator is advanced."""
-        tensors = [tensor for pair in self.caches for tensor in pair if tensor.is_cpu]
+        tensors = [tensor for pair in self.caches for tensor in pair if tensor.is_cpu and tensor.nbytes]
         for tensor in tensors:
             if not memory.touch(tensor, 0, min(tensor.nbytes, TOUCHED_BYTES // len(tensors))):
                 return

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tokenmill.engine.block_weight import Blocks
     from tokenmill.engine.config import Quantization
 
@@ -39,12 +37,12 @@ def size_of(
     quantization: Quantization | None = None,
     blocks: dict[str, Blocks] | None = None,
 ) -> ModelSize:
-    """The size of a causal LM. An input embedding counts only where it is the output's too: it is looked up."""
-    held, unread = blocks or {}, _beside_text(module)
-    aside, head = _input_embedding(module), module.get_output_embeddings()
+    """The size of a causal LM. An embedding counts only where it is the output's too: it is looked up."""
+    head = module.get_output_embeddings()
+    held, unread = blocks or {}, _beside_text(module) | _looked_up(module, head)
     dense = experts = dense_bytes = expert_bytes = 0.0
     for name, weight in module.named_parameters():
-        if weight is aside or weight.dim() < 2 or id(weight) in unread:
+        if weight.dim() < 2 or id(weight) in unread:
             continue
         size, width = weight.numel(), BYTES.get(str(quantization), weight.element_size())
         if name.endswith("_bias"):  # of all experts, a matrix that stays as it is
@@ -75,10 +73,11 @@ def _beside_text(module: Any) -> set[int]:
     return {id(x) for x in inner.parameters()} - {id(x) for x in part.parameters()}
 
 
-def _input_embedding(module: Any) -> Tensor | None:
-    weight: Tensor = module.get_input_embeddings().weight
-    head = module.get_output_embeddings()
-    return None if head is not None and head.weight is weight else weight
+def _looked_up(module: Any, head: Any) -> set[int]:
+    """Embeddings, by identity, of which a token reads a row."""
+    tables = [part.weight for part in module.modules() if hasattr(part, "num_embeddings")]
+    tables.append(module.get_input_embeddings().weight)
+    return {id(table) for table in tables if head is None or head.weight is not table}
 
 
 def _expert_share(config: object) -> float:

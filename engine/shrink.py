@@ -49,7 +49,8 @@ def size_table(hidden: int) -> dict[str, int]:
         (head, "mamba_d_head mamba_head_dim mamba_headdim mamba_d_state ssm_state_size state_size"),
         (HEADS, "mamba_dt_rank time_step_rank adapter_rank"),
         (head, "head_dim d_kv global_head_dim kv_lora_rank q_lora_rank qk_head_dim query_pre_attn_scalar"),
-        (head // 2, "qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim hidden_size_per_layer_input"),
+        (head // 2, "qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim"),
+        (hidden // 2, "hidden_size_per_layer_input"),
         (CONTEXT, "max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length"),
         (CONTEXT // 4, "original_max_position_embeddings"),
         (WINDOW, "sliding_window attention_window_size local_attention attention_chunk_size index_topk"),
@@ -104,6 +105,9 @@ MROPE_TYPES = {
     "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text", "paddleocr_vl_text",
 }  # fmt: skip
 """Types whose code assumes larger heads where a config doesn't say how angles are shared by time, height and width."""
+OPTIONAL = ("hidden_size_per_layer_input",)
+"""Sizes of a part that a model lacks where they are zero."""
+BUFFERS = ("correction_bias", "expert_bias", "layer_scalar")
 NEEDED = (*KV_HEADS, "head_dim", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 """Sizes that a config may leave out (null) but a model can't do without."""
 
@@ -129,7 +133,7 @@ def shrink(fields: dict[str, Any], *, layers: int, hidden: int, vocab: int, grou
             small[name] = _kv_heads(fields, value, grouped)
         elif name in SPECIAL and count:
             small[name] = min(value, 2)
-        elif name in sizes and count:
+        elif name in sizes and count and (value or name not in OPTIONAL):
             small[name] = min(value or 1, sizes[name]) if name in AT_MOST else sizes[name]
         elif isinstance(value, list) and len(value) == _depth(fields):
             small[name] = [sizes.get(name, value[i]) for i in picked]
@@ -144,14 +148,14 @@ def shrink(fields: dict[str, Any], *, layers: int, hidden: int, vocab: int, grou
     if small.get("attn_logit_softcapping"):  # small heads have small scores: a cap must still bend them
         small["attn_logit_softcapping"] = 1.0
     if small.get("num_kv_shared_layers"):
-        small["num_kv_shared_layers"] = len(picked) // 2
+        small["num_kv_shared_layers"] = len(picked) // 3
     return small | fitting_fields(fields.get("model_type"), hidden)
 
 
 def pick_layers(fields: dict[str, Any], layers: int) -> list[int]:
     """Indices of layers to keep, at least `layers`: each combination of per-layer values once, in turn.
 
-    Where later layers use the keys of earlier ones, every combination comes twice.
+    Where later layers use the keys of earlier ones, every combination comes three times, so that the last of two counts.
     """
     depth = _depth(fields)
     lists = [x for x in fields.values() if isinstance(x, list) and len(x) == depth]
@@ -165,7 +169,7 @@ def pick_layers(fields: dict[str, Any], layers: int) -> list[int]:
     for i, kind in enumerate(zip(*lists, strict=True)):
         kinds.setdefault(repr(kind), i)
     distinct = list(kinds.values())
-    count = max(layers, len(distinct) * (2 if fields.get("num_kv_shared_layers") else 1))
+    count = max(layers, len(distinct) * (3 if fields.get("num_kv_shared_layers") else 1))
     return [distinct[i % len(distinct)] for i in range(count)]
 
 
@@ -219,12 +223,12 @@ def _shrink_rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
 def randomize(model: nn.Module, seed: int) -> None:
     """Draw all weights anew: matrices that keep a signal's size, norms and biases jittered around their own.
 
-    Among these are the biases by which routers choose, which some types keep as buffers. The output embedding is
+    Among these are what some types keep as buffers: the biases by which routers choose, the scales of layers. The output embedding is
     larger, so that logits spread over several units. Each tensor's stream is named by its own name: a further layer
     changes none of the others.
     """
     with torch.no_grad():
-        biases = ((n, b) for n, b in model.named_buffers() if n.endswith(("correction_bias", "expert_bias")))
+        biases = ((n, b) for n, b in model.named_buffers() if n.endswith(BUFFERS))
         for name, weight in (*model.named_parameters(), *biases):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
             noise = torch.randn(weight.shape, generator=generator)

@@ -29,7 +29,7 @@ class Routing:
     Scores are a softmax over all experts, or each logit's own sigmoid. Chosen are the best scores plus `bias` [X];
     where there are several `groups` of X / groups neighbours each, only among the experts of the `top_groups` best,
     a group being worth its two best together. Weights are the scores of the chosen without the bias, made to sum
-    to one with `renormalize`, times `scale`.
+    to one with `renormalize`, times `scale`, and each times its expert's own of `gains` [X].
     """
 
     top: int
@@ -39,6 +39,7 @@ class Routing:
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
+    gains: Tensor | None = None
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -266,6 +267,17 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, offset), total
 
 
+def norm_add(
+    x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor, scale: float = 1.0
+) -> Tensor:
+    """(residual + RMS norm of x) * scale for x, residual [T, N]; the norm is rounded to x's dtype, then the result.
+
+    A `weight` [N / groups] shorter than rows norms each of their groups by itself.
+    """
+    normed = rms_norm(x.unflatten(-1, (-1, weight.numel())), weight, eps, offset).flatten(-2)
+    return ((residual.float() + normed.float()) * scale).to(x.dtype)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary embedding of the first 2 * W dimensions of x [T, heads, D]; cos, sin [T, W] float32.
 
@@ -318,6 +330,12 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(wide, approximate=approximate).to(x.dtype)
 
 
+def act_mul(x: Tensor, other: Tensor, start: int, activation: str) -> Tensor:
+    """act(x) * columns `start` and after of `other`, for x [T, W]; silu, gelu or gelu_tanh."""
+    columns = other[:, start : start + x.shape[1]]
+    return (activate(x.float(), activation) * columns.float()).to(x.dtype)
+
+
 def rope_store(
     qkv: Tensor,
     cos: Tensor | None,
@@ -333,15 +351,19 @@ def rope_store(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
     interleaved: bool = False,
+    value_norm: bool = False,
+    stores: bool = True,
 ) -> Tensor:
     """Norm, RoPE and KV store of qkv [T, H*D + G*D + G*E] in one pass; returns the queries [T, H, D].
 
     `cos`, `sin` are tables [context, W] float32 read at `positions` [T] int64, or rows [T, W] when that is None;
-    without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it.
+    without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it, `value_norm`
+    for one of each value head, without a weight. Unless a layer `stores`, its rows hold queries alone.
     """
-    kv_heads, size, value_size = k_cache.shape[1], k_cache.shape[3], v_cache.shape[3]
+    kv_heads, size, value_size = k_cache.shape[1] if stores else 0, k_cache.shape[3], v_cache.shape[3]
     query, key, value = torch.split(qkv, [heads * size, kv_heads * size, kv_heads * value_size], dim=-1)
-    query, key = query.reshape(-1, heads, size), key.reshape(-1, kv_heads, size)
+    query, key = query.reshape(-1, heads, size), key.reshape(len(key), kv_heads, size)
+    value = value.reshape(len(value), kv_heads, value_size)
     if q_weight is not None:
         query = rms_norm(query, q_weight, eps, norm_offset)
     if k_weight is not None:
@@ -350,7 +372,10 @@ def rope_store(
         if positions is not None:
             cos, sin = cos[positions], sin[positions]
         query, key = rope(query, cos, sin, interleaved), rope(key, cos, sin, interleaved)
-    store_kv(key, value.reshape(-1, kv_heads, value_size), k_cache, v_cache, slots)
+    if value_norm:
+        value = rms_norm(value, value.new_ones(value_size), eps)
+    if stores:
+        store_kv(key, value, k_cache, v_cache, slots)
     return query
 
 
@@ -379,6 +404,8 @@ def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tupl
     if routing.renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * routing.scale
+    if routing.gains is not None:
+        weights = weights * routing.gains.float()[ids]
     if slots is not None:
         padding = (slots < 0)[:, None]
         ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0.0)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu.library import ACTIVATIONS, check, required, type_of
 
-_ROPE = struct.Struct("@10P7qffii")
-"""`Rope` of src/elementwise.cpp."""
+_ROPE = struct.Struct("@10P7qffiii")
+"""`Rope` of src/rope.h."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -48,6 +48,30 @@ def add_rms_norm(
     return normed, total
 
 
+def norm_add(
+    x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor, scale: float = 1.0
+) -> Tensor:
+    """(residual + RMS norm of x) * scale; a `weight` shorter than rows norms each of their groups by itself."""
+    size = check_groups(x.shape[-1], weight, x.dtype)
+    check(x, "x", tuple(x.shape))
+    check(residual, "residual", tuple(x.shape), x.dtype)
+    out = torch.empty_like(x)
+    required().tm_norm_add(
+        *(x.data_ptr(), weight.data_ptr(), residual.data_ptr(), out.data_ptr()),
+        *(x.numel() // size, size, eps, offset, scale, type_of(x)),
+    )
+    return out
+
+
+def check_groups(width: int, weight: Tensor, dtype: torch.dtype) -> int:
+    """Elements of a norm by `weight`, of which rows of `width` hold a whole number."""
+    size = weight.numel()
+    check(weight, "weight", (size,), dtype)
+    if not size or width % size:
+        raise ValueError(f"rows of {width} aren't groups of {size}")
+    return size
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last dimension in float32; weight and bias [size] have x's type."""
     size = x.shape[-1]
@@ -78,19 +102,22 @@ def rope_store(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
     interleaved: bool = False,
+    value_norm: bool = False,
+    stores: bool = True,
 ) -> Tensor:
     """Norm, RoPE and KV store of qkv [T, H*D + G*D + G*E] in one pass; returns the queries [T, H, D].
 
     `cos`, `sin` are tables [context, W] float32 read at `positions` [T] int64, or rows [T, W] when that is
     None; without them nothing turns. `q_weight`, `k_weight` [D] ask for an RMS norm of each head before it.
-    A negative slot stores nothing. Raises ValueError for shapes or types that don't fit together.
+    `value_norm` asks for one of each value head, without a weight. Unless a layer `stores`, its rows hold queries
+    alone. A negative slot stores nothing. Raises ValueError for shapes or types that don't fit together.
     """
-    blocks, kv_heads, block_size, size = k_cache.shape
-    value_size, tokens = v_cache.shape[3], qkv.shape[0]
+    blocks, held, block_size, size = k_cache.shape
+    kv_heads, value_size, tokens = held if stores else 0, v_cache.shape[3], qkv.shape[0]
     check(qkv, "qkv", (tokens, (heads + kv_heads) * size + kv_heads * value_size))
     check(slots, "slots", (tokens,), torch.int64)
-    check(k_cache, "k_cache", (blocks, kv_heads, block_size, size), qkv.dtype)
-    check(v_cache, "v_cache", (blocks, kv_heads, block_size, value_size), qkv.dtype)
+    check(k_cache, "k_cache", (blocks, held, block_size, size), qkv.dtype)
+    check(v_cache, "v_cache", (blocks, held, block_size, value_size), qkv.dtype)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check(weight, name, (size,), qkv.dtype)
@@ -102,7 +129,7 @@ def rope_store(
             *(k_cache.data_ptr(), v_cache.data_ptr(), query.data_ptr()),
             *(0 if weight is None else weight.data_ptr() for weight in (q_weight, k_weight)),
             *(tokens, heads, kv_heads, size, value_size, half, block_size),
-            *(eps, norm_offset, interleaved, type_of(qkv)),
+            *(eps, norm_offset, interleaved, value_norm, type_of(qkv)),
         )
     )
     return query
@@ -133,6 +160,26 @@ def activation_mul(gate_up: Tensor, activation: str) -> Tensor:
         gate_up.data_ptr(), out.data_ptr(), tokens, width, ACTIVATIONS[activation], type_of(gate_up)
     )
     return out
+
+
+def act_mul(x: Tensor, other: Tensor, start: int, activation: str) -> Tensor:
+    """act(x) * columns `start` and after of `other`, for x [T, W]; silu, gelu or gelu_tanh."""
+    tokens, width = x.shape
+    check(x, "x", (tokens, width))
+    check(other, "other", (tokens, other.shape[1]), x.dtype)
+    check_columns(start, width, other.shape[1])
+    out = torch.empty_like(x)
+    required().tm_act_mul(
+        *(x.data_ptr(), other.data_ptr(), out.data_ptr(), tokens, width, start, other.shape[1]),
+        *(ACTIVATIONS[activation], type_of(x)),
+    )
+    return out
+
+
+def check_columns(start: int, width: int, whole: int) -> None:
+    """Raise ValueError where rows of `whole` elements don't hold `width` from `start` on."""
+    if not 0 <= start <= whole - width:
+        raise ValueError(f"rows of {whole} have no {width} columns from {start} on")
 
 
 def norm_whole(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

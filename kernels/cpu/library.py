@@ -65,6 +65,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "tm_causal_conv": (None, (*(c_void_p,) * 5, c_int)),
     "tm_recur": (None, (*(c_void_p,) * 6, c_int)),
     "tm_gated_norm": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_int64, c_int)),
+    "tm_norm_add": (None, (*(c_void_p,) * 4, c_int64, c_int64, c_float, c_float, c_float, c_int)),
+    "tm_act_mul": (None, (*(c_void_p,) * 3, *(c_int64,) * 4, c_int, c_int)),
     "tm_gate_mul": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "tm_run_tape": (None, (c_void_p, c_int64, c_void_p, c_void_p)),
 }

@@ -25,6 +25,7 @@ class RoutingStruct(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("experts", "top", "groups", "top_groups")),
         ("bias", c_void_p),
+        ("gains", c_void_p),
         ("scale", c_float),
         ("sigmoid", c_int32),
         ("renormalize", c_int32),
@@ -50,12 +51,16 @@ class Chooser:
         if routing.top > experts // routing.groups * routing.top_groups:
             raise ValueError(f"{routing.top_groups} groups don't hold {routing.top} experts")
         self.top, self.experts = routing.top, experts
-        self._bias = None if routing.bias is None else routing.bias.float().contiguous()
-        if self._bias is not None:
-            check(self._bias, "bias", (experts,))
+        self._bias, self._gains = (
+            None if part is None else part.float().contiguous() for part in (routing.bias, routing.gains)
+        )
+        for name, part in (("bias", self._bias), ("gains", self._gains)):
+            if part is not None:
+                check(part, name, (experts,))
         self.struct = RoutingStruct(
             *(experts, routing.top, routing.groups, routing.top_groups),
-            *(None if self._bias is None else self._bias.data_ptr(), routing.scale),
+            *(None if part is None else part.data_ptr() for part in (self._bias, self._gains)),
+            routing.scale,
             *(routing.scoring == "sigmoid", routing.renormalize),
         )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenmill.kernels.cpu.elementwise import check_columns, check_groups
 from tokenmill.kernels.cpu.library import ACTIVATIONS, TYPES, check, required
 from tokenmill.kernels.cpu.linear import FLOAT32, PackedLinear
 from tokenmill.kernels.cpu.mixture import Chooser, PackedMixture
@@ -46,11 +47,13 @@ KINDS = (
     "recur",
     "gated_norm",
     "gate_mul",
+    "norm_add",
+    "act_mul",
 )
 ROWS, GATHER, PICK, LINEAR, RMS_NORM, LAYER_NORM, ROPE_STORE, ATTEND, ACTIVATE, SCALE_ADD, *_REST = range(
     len(KINDS)
 )
-JOIN, GATE, GATE_ADD, NORM_WHOLE, MIXTURE, CONV, RECUR, GATED_NORM, GATE_MUL = _REST
+JOIN, GATE, GATE_ADD, NORM_WHOLE, MIXTURE, CONV, RECUR, GATED_NORM, GATE_MUL, NORM_ADD, ACT_MUL = _REST
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,31 @@ class Tape:
     def rms_norm(self, x: Value, weight: Tensor, eps: float, offset: float = 0.0) -> Value:
         check(weight, "weight", (x.width,), self.dtype)
         return self._record(RMS_NORM, x.width, x, job=weight.data_ptr(), held=weight, eps=eps, factor=offset)
+
+    def norm_add(
+        self, x: Value, weight: Tensor, eps: float, offset: float, residual: Value, scale: float = 1.0
+    ) -> Value:
+        """As elementwise.norm_add."""
+        size = check_groups(x.width, weight, self.dtype)
+        return self._record(
+            *(NORM_ADD, x.width, x, residual),
+            eps=eps,
+            factor=offset,
+            scale=scale,
+            left=size,
+            job=weight.data_ptr(),
+            held=weight,
+        )
+
+    def act_mul(self, x: Value, other: Value, start: int, activation: str) -> Value:
+        """As elementwise.act_mul."""
+        check_columns(start, x.width, other.width)
+        return self._record(
+            *(ACT_MUL, x.width, x, None, other),
+            activation=ACTIVATIONS[activation],
+            left=start,
+            middle=other.width,
+        )
 
     def layer_norm(self, x: Value, weight: Tensor, bias: Tensor | None, eps: float) -> Value:
         check(weight, "weight", (x.width,), self.dtype)
@@ -236,10 +264,12 @@ class Tape:
         eps: float = 1e-6,
         norm_offset: float = 0.0,
         interleaved: bool = False,
+        value_norm: bool = False,
+        stores: bool = True,
     ) -> Value:
         """As elementwise.rope_store, the tables read at the step's positions: queries [tokens, heads * D]."""
         _, kv_heads, block_size, size = k_cache.shape
-        value_size = v_cache.shape[3]
+        kv_heads, value_size = kv_heads if stores else 0, v_cache.shape[3]
         if qkv.width != (heads + kv_heads) * size + kv_heads * value_size:
             raise ValueError(f"rows of {qkv.width} don't hold {heads} queries and {kv_heads} keys and values")
         job = RopeStruct(
@@ -258,6 +288,7 @@ class Tape:
             eps=eps,
             offset=norm_offset,
             interleaved=interleaved,
+            value_norm=value_norm,
             type=self._type,
         )
         self._held += [cos, sin, k_cache, v_cache, q_weight, k_weight]
@@ -308,6 +339,7 @@ class Tape:
         activation: int = 0,
         eps: float = 0.0,
         factor: float = 0.0,
+        scale: float = 1.0,
         job: int | None = None,
         second: int | None = None,
         left: int = 0,
@@ -325,7 +357,7 @@ class Tape:
         numbers = [-1 if each is None else each.number for each in (x, residual, other)]
         op = OpStruct(
             *(kind, *numbers, value.number, value.picked, activation, False, False, wide),
-            *(eps, factor, width, left, middle, job, second),
+            *(eps, factor, scale, width, left, middle, job, second),
         )
         self._values.append(value)
         self._ops.append(op)

@@ -24,6 +24,7 @@ class OpStruct(ctypes.Structure):
         ("wide", c_int32),
         ("eps", c_float),
         ("factor", c_float),
+        ("scale", c_float),
         ("size", c_int64),
         ("left", c_int64),
         ("middle", c_int64),
@@ -69,6 +70,7 @@ class RopeStruct(ctypes.Structure):
         ("eps", c_float),
         ("offset", c_float),
         ("interleaved", c_int32),
+        ("value_norm", c_int32),
         ("type", c_int32),
     )
 

@@ -1,4 +1,4 @@
-"""act(gate) * up over the output of the fused gate/up linear."""
+"""act(gate) * up over the output of the fused gate/up linear, or of two tensors."""
 
 from __future__ import annotations
 
@@ -77,6 +77,45 @@ def activation_mul(gate_up: Tensor, activation: str, *, out: Tensor | None = Non
         grid = (rows, ceil_div(width, 1024))
         _activation_mul_kernel[grid](
             gate_up, out, width, gate_up.stride(0),
+            ACTIVATION=activation, BLOCK=1024, num_warps=4, **launch_options(),
+        )  # fmt: skip
+    return out
+
+
+@jit
+def _act_mul_kernel(
+    x_ptr: tl.tensor,
+    other_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    other_stride: tl.tensor,
+    start: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    wait_for_inputs(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + row * other_stride + start + columns, mask=inside, other=0.0).to(tl.float32)
+    product = activate(x, ACTIVATION) * other
+    tl.store(out_ptr + row * width + columns, product.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def act_mul(x: Tensor, other: Tensor, start: int, activation: str) -> Tensor:
+    """act(x) * columns `start` and after of `other`, for x [T, W]; silu, gelu or gelu_tanh."""
+    check_cuda(x, other)
+    check_activation(activation)
+    rows, width = x.shape
+    if not 0 <= start <= other.shape[1] - width:
+        raise ValueError(f"rows of {other.shape[1]} have no {width} columns from {start} on")
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if rows:
+        _act_mul_kernel[(rows, ceil_div(width, 1024))](
+            x, other, out, width, x.stride(0), other.stride(0), start,
             ACTIVATION=activation, BLOCK=1024, num_warps=4, **launch_options(),
         )  # fmt: skip
     return out

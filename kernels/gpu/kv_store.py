@@ -189,6 +189,7 @@ def _rope_store_kernel(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
     TABLE: tl.constexpr,
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
@@ -232,6 +233,9 @@ def _rope_store_kernel(
                 held = (heads < G)[:, None] & (e < E)[None, :]
                 value_at = row_ptr + (H + G) * D + heads[:, None] * E + e[None, :]
                 value = tl.load(value_at, mask=held, other=0.0).to(tl.float32)
+                if VALUE_NORM:
+                    value *= tl.rsqrt(tl.sum(value * value, axis=1) / E + eps)[:, None]
+                    value = value.to(qkv_ptr.dtype.element_ty).to(tl.float32)
                 value = _for_cache(value, v_scale, v_cache_ptr.dtype.element_ty, IS_FP8)
                 v_cache_at = v_cache_ptr + _slot_offsets(slot, heads, G, S, E) + e[None, :]
                 tl.store(v_cache_at, value, mask=held)
@@ -252,6 +256,8 @@ def rope_store(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
     interleaved: bool = False,
+    value_norm: bool = False,
+    stores: bool = True,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     out: Tensor | None = None,
@@ -260,14 +266,15 @@ def rope_store(
 
     `cos`, `sin` float32, contiguous: one row of W angles a token, or the whole table [positions, W] when
     `positions` [T] int64 picks the rows. `q_weight` and `k_weight` [D], given together, norm each head (times
-    norm_offset + weight) before it turns. `slots` [T] int64; -1 stores nothing.
+    norm_offset + weight) before it turns; `value_norm` norms each value head, without a weight. `slots` [T] int64;
+    -1 stores nothing. Unless a layer `stores`, its rows hold queries alone, and there is no `k_weight`.
     """
     check_cuda(qkv, cos, sin, slots, k_cache, v_cache)
     kv_heads, size, d = k_cache.shape[1:]
-    e, tokens = v_cache.shape[3], qkv.shape[0]
+    kv_heads, e, tokens = kv_heads if stores else 0, v_cache.shape[3], qkv.shape[0]
     if qkv.shape[1] != heads * d + kv_heads * (d + e):
         raise ValueError(f"qkv rows hold {qkv.shape[1]} values, not {heads}*{d} + {kv_heads}*({d}+{e})")
-    if (q_weight is None) != (k_weight is None):
+    if stores and (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight are given together or not at all")
     if out is None:
         out = torch.empty(tokens, heads, d, dtype=qkv.dtype, device=qkv.device)
@@ -279,7 +286,7 @@ def rope_store(
         qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight,
         out, k_cache, v_cache, qkv.stride(0), k_scale, v_scale, eps, norm_offset, heads, kv_heads,
         S=size, D=d, E=e, BLOCK_D=next_power_of_2(d), BLOCK_E=next_power_of_2(e), HALF=cos.shape[-1],
-        HEADS=per, INTERLEAVED=interleaved, NORM=q_weight is not None, TABLE=positions is not None,
+        HEADS=per, INTERLEAVED=interleaved, NORM=q_weight is not None, VALUE_NORM=value_norm, TABLE=positions is not None,
         IS_FP8=k_cache.dtype == FP8, num_warps=4, **launch_options(),
     )  # fmt: skip
     return out

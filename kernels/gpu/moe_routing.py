@@ -55,6 +55,7 @@ def _route_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     bias_ptr: tl.tensor,
+    gains_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
@@ -65,6 +66,7 @@ def _route_kernel(
     BLOCK_X: tl.constexpr,
     SIGMOID: tl.constexpr,
     BIAS: tl.constexpr,
+    GAINS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -96,15 +98,18 @@ def _route_kernel(
     last, last_id = tl.where(token >= 0, float("inf"), 0.0), tl.program_id(0) * 0 - 1
     ranks = tl.arange(0, BLOCK_TOP)
     weights = tl.zeros((BLOCK_TOP,), tl.float32)
+    gains = tl.full((BLOCK_TOP,), 1.0, tl.float32)
     for rank in tl.static_range(TOP):
         last, last_id = next_best(worth, candidates, last, last_id)
         expert = tl.minimum(last_id, X - 1)
         score = tl.sum(tl.where(experts == expert, scores, 0.0), axis=0)
         weights = tl.where(ranks == rank, score, weights)
+        if GAINS:
+            gains = tl.where(ranks == rank, tl.load(gains_ptr + expert).to(tl.float32), gains)
         tl.store(ids_ptr + token * TOP + rank, tl.where(active, expert, -1))
     if RENORMALIZE:
         weights /= tl.sum(weights, axis=0)
-    weights *= scale
+    weights *= scale * gains
     tl.store(weights_ptr + token * TOP + ranks, tl.where(active, weights, 0.0), mask=ranks < TOP)
 
 
@@ -116,8 +121,9 @@ def _check_routing(routing: Routing, experts: int) -> None:
         raise ValueError(
             f"{experts} experts aren't chosen from {routing.top_groups} of {routing.groups} groups"
         )
-    if routing.bias is not None and (routing.bias.shape != (experts,) or not routing.bias.is_contiguous()):
-        raise ValueError(f"the bias of {experts} experts is needed, not {list(routing.bias.shape)}")
+    for name, part in (("bias", routing.bias), ("gains", routing.gains)):
+        if part is not None and (part.shape != (experts,) or not part.is_contiguous()):
+            raise ValueError(f"the {name} of {experts} experts is needed, not {list(part.shape)}")
 
 
 def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,16 +135,16 @@ def route(logits: Tensor, routing: Routing, slots: Tensor | None = None) -> tupl
     check_cuda(logits)
     (tokens, experts), top = logits.shape, routing.top
     _check_routing(routing, experts)
-    bias, groups = routing.bias, routing.groups
+    bias, gains, groups = routing.bias, routing.gains, routing.groups
     ids = torch.empty(tokens, top, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top, dtype=torch.float32, device=logits.device)
     if tokens:
         _route_kernel[(tokens,)](
-            logits, logits.stride(0), logits if bias is None else bias, logits if slots is None else slots,
-            ids, weights, experts, routing.scale,
+            logits, logits.stride(0), logits if bias is None else bias, logits if gains is None else gains,
+            logits if slots is None else slots, ids, weights, experts, routing.scale,
             TOP=top, BLOCK_TOP=next_power_of_2(top), BLOCK_X=max(16, next_power_of_2(experts)),
-            SIGMOID=routing.scoring == "sigmoid", BIAS=bias is not None, SIZE=experts // groups,
-            GROUPS=groups, BLOCK_GROUPS=next_power_of_2(groups), TOP_GROUPS=routing.top_groups,
+            SIGMOID=routing.scoring == "sigmoid", BIAS=bias is not None, GAINS=gains is not None,
+            SIZE=experts // groups, GROUPS=groups, BLOCK_GROUPS=next_power_of_2(groups), TOP_GROUPS=routing.top_groups,
             RENORMALIZE=routing.renormalize, SLOTS=slots is not None, num_warps=1,
             **launch_options(),
         )  # fmt: skip

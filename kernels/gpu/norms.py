@@ -183,3 +183,49 @@ def add_rms_norm(
             ADD=True, ROUND=False, **_blocks(width), **launch_options(),
         )  # fmt: skip
     return out, total
+
+
+@jit
+def _norm_add_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    offset: tl.tensor,
+    scale: tl.tensor,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    wait_for_inputs(PDL)
+    at = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + at + columns, mask=inside, other=0.0)
+    one = tl.zeros((1,), tl.int64)
+    inverse = inverse_rms(x_ptr, one + at, x_ptr, one, one == 0, width, eps, False, 1, CHUNKS)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    normed = normalized(x, inverse, weight, offset, x_ptr.dtype.element_ty).to(tl.float32)
+    total = tl.load(residual_ptr + at + columns, mask=inside, other=0.0).to(tl.float32) + normed
+    tl.store(out_ptr + at + columns, (total * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_add(
+    x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor, scale: float = 1.0
+) -> Tensor:
+    """(residual + RMS norm of x) * scale for contiguous x, residual [T, N].
+
+    A `weight` [N / groups] shorter than rows norms each of their groups by itself.
+    """
+    check_cuda(x, residual, weight)
+    out, width = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.numel()
+    rows, left = divmod(x.numel(), width)
+    if left or x.shape[-1] % width or x.shape != residual.shape:
+        raise ValueError(f"rows {list(x.shape)} and {list(residual.shape)} aren't sums of groups of {width}")
+    if rows:
+        _norm_add_kernel[(rows,)](
+            x, residual, weight, out, width, eps, offset, scale, **_blocks(width), **launch_options()
+        )
+    return out

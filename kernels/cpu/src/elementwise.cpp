@@ -57,6 +57,23 @@ void norm_rows(const T* x, const T* residual, const T* weight, T* sum, T* normed
   });
 }
 
+// out = (residual + the norm of x, rounded to T) * scale.
+template <class T>
+void norm_add_rows(const T* x, const T* weight, const T* residual, T* out, int64_t rows, int64_t size, float eps,
+                   float offset, float scale) {
+  parallel_ranges(rows, rows_a_piece(rows, grain(size)), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = r * size;
+      const float inverse = inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(x + at + i, n); });
+      scale_row(x + at, weight, inverse, offset, size, out + at);
+      for_lanes(size, [&](int64_t i, int64_t n) {
+        const F sum = load_up_to(residual + at + i, n) + load_up_to(out + at + i, n);
+        store_up_to(out + at + i, sum * splat(scale), n);
+      });
+    }
+  });
+}
+
 template <class T>
 void layer_norm_rows(const T* x, const T* weight, const T* bias, T* normed, int64_t rows, int64_t size, float eps) {
   parallel_ranges(rows, grain(size), [&](int64_t first, int64_t last) {
@@ -154,6 +171,13 @@ struct Store {
 };
 
 template <class T>
+const T* norm_value(const T* value, int64_t size, float eps, T* normed) {
+  const F scale = splat(inverse_rms(size, eps, [&](int64_t i, int64_t n) { return load_up_to(value + i, n); }));
+  for_lanes(size, [&](int64_t i, int64_t n) { store_up_to(normed + i, load_up_to(value + i, n) * scale, n); });
+  return normed;
+}
+
+template <class T>
 void rope_token(const Rope& job, int64_t token) {
   const T* row = static_cast<const T*>(job.qkv) + token * job.width();
   T* query = static_cast<T*>(job.query) + token * job.heads * job.size;
@@ -165,10 +189,13 @@ void rope_token(const Rope& job, int64_t token) {
   const T* key = row + job.heads * job.size;
   const T* value = key + job.kv_heads * job.size;
   const Store<T> store{job.k_cache, job.v_cache, job.kv_heads, job.block_size, job.size, job.value_size};
-  T* turned = scratch<T>(kPartial, job.size + kLanes);
+  T* turned = scratch<T>(kPartial, job.size + job.value_size + 2 * kLanes);
+  T* normed = turned + job.size + kLanes;
   for (int64_t g = 0; g < job.kv_heads; ++g) {
     turn_head(job, token, key + g * job.size, job.k_norm, turned);
-    store(slot, g, turned, value + g * job.value_size);
+    const T* own = value + g * job.value_size;
+    if (job.value_norm) own = norm_value(own, job.value_size, job.eps, normed);
+    store(slot, g, turned, own);
   }
 }
 
@@ -196,6 +223,17 @@ TM_API void tm_rms_norm(const void* x, const void* residual, const void* weight,
     using T = decltype(element);
     norm_rows(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
               static_cast<T*>(sum), static_cast<T*>(normed), rows, size, eps, offset, tiled != 0);
+  });
+}
+
+// out [rows, size] = (residual + RMS norm of x) * scale.
+TM_API void tm_norm_add(const void* x, const void* weight, const void* residual, void* out, int64_t rows, int64_t size,
+                        float eps, float offset, float scale, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    norm_add_rows(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(residual),
+                  static_cast<T*>(out), rows, size, eps, offset, scale);
   });
 }
 
@@ -267,6 +305,25 @@ TM_API void tm_activation_mul(const void* gate_up, void* out, int64_t rows, int6
   with_type(type, [&](auto element) {
     using T = decltype(element);
     gate_rows(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, width, activation);
+  });
+}
+
+// out [rows, width] = act(x) * columns `start` and after of other [rows, other_width].
+TM_API void tm_act_mul(const void* x, const void* other, void* out, int64_t rows, int64_t width, int64_t start,
+                       int64_t other_width, int activation, int type) {
+  using namespace tokenmill;
+  with_type(type, [&](auto element) {
+    using T = decltype(element);
+    parallel_ranges(rows, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const T* row = static_cast<const T*>(x) + r * width;
+        const T* factors = static_cast<const T*>(other) + r * other_width + start;
+        for (int64_t i = 0; i < width; i += kLanes) {
+          const F value = activate<T>(load_up_to(row + i, width - i), activation);
+          store_up_to(static_cast<T*>(out) + r * width + i, value * load_up_to(factors + i, width - i), width - i);
+        }
+      }
+    });
   });
 }
 

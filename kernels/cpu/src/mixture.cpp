@@ -90,6 +90,7 @@ void choose(const Routing& routing, const float* logits, int32_t* ids, float* we
   }
   for (int64_t rank = 0; rank < routing.top; ++rank) {
     weights[rank] = (routing.renormalize ? weights[rank] / sum : weights[rank]) * routing.scale;
+    if (routing.gains) weights[rank] *= routing.gains[ids[rank]];
   }
 }
 

@@ -13,7 +13,8 @@ struct Routing {
   int64_t top;
   int64_t groups;
   int64_t top_groups;
-  const float* bias;  // [experts], or null
+  const float* bias;   // [experts], or null
+  const float* gains;  // the same
   float scale;
   int32_t sigmoid;
   int32_t renormalize;

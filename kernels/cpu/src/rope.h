@@ -18,7 +18,7 @@ struct Rope {
   const void* k_norm;
   int64_t tokens;
   int64_t heads;
-  int64_t kv_heads;
+  int64_t kv_heads;          // 0: rows hold queries alone
   int64_t size;
   int64_t value_size;
   int64_t half;              // pairs that turn
@@ -26,6 +26,7 @@ struct Rope {
   float eps;
   float offset;
   int32_t interleaved;
+  int32_t value_norm;        // each value head gets an RMS norm without a weight
   int32_t type;
 
   int64_t width() const { return (heads + kv_heads) * size + kv_heads * value_size; }

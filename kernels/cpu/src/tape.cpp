@@ -40,6 +40,8 @@ enum Kind : int32_t {
   kRecur,      // output = what the states bring for input under the gates `other`; `second` is the state
   kGatedNorm,  // output = norm of input under the last columns of `other`
   kGateMul,    // output = input * sigmoid(other)
+  kNormAdd,    // output = (residual + norm of input) * scale; norms are over `left` elements each
+  kActMul,     // output = act(input) * columns `left` and after of other, whose rows have `middle`
 };
 
 // tape.py fills in the same structure. `job` is the operation's own: a Packed, a Rope, an Attention, a Mixture, one of
@@ -57,6 +59,7 @@ struct Op {
   int32_t wide;         // kLinear: output is float32 in any case
   float eps;
   float factor;      // norms: what is added to the weight; kScaleAdd: the scale
+  float scale;       // kNormAdd
   int64_t size;      // elements of a row of output
   int64_t left;      // kJoin: elements of a row of input; kNormWhole: of q; kGatedNorm: of other
   int64_t middle;    // kNormWhole: elements of k
@@ -107,6 +110,8 @@ TM_API void tm_gather_rows(const char*, const int64_t*, char*, int64_t, int64_t)
 TM_API void tm_linear(const tokenmill::Packed*, const void*, int, int, int64_t, const void*, void*, int, int);
 TM_API void tm_rms_norm(const void*, const void*, const void*, void*, void*, int64_t, int64_t, float, float, int,
                         int);
+TM_API void tm_norm_add(const void*, const void*, const void*, void*, int64_t, int64_t, float, float, float, int);
+TM_API void tm_act_mul(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int, int);
 TM_API void tm_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, float, int);
 TM_API void tm_norm_whole(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, float,
                           float, int);
@@ -209,6 +214,11 @@ void run(const Op& op, const Step& step) {
       return tm_gated_norm(static_cast<const GatedNorm*>(op.job), in, other, out, rows, op.size, op.left, step.type);
     case kGateMul:
       return tm_gate_mul(in, other, out, rows * op.size, step.type);
+    case kNormAdd:
+      return tm_norm_add(in, op.job, residual, out, rows * (op.size / op.left), op.left, op.eps, op.factor, op.scale,
+                         step.type);
+    case kActMul:
+      return tm_act_mul(in, other, out, rows, op.size, op.left, op.middle, op.activation, step.type);
     case kScaleAdd:
       return with_type(step.type, [&](auto t) {
         using T = decltype(t);
