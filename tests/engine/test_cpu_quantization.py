@@ -26,6 +26,7 @@ TYPES = (
     "gpt_oss",
     "glm4_moe",
     "gemma2",
+    "gemma4_text",
     "phi3",
     "starcoder2",
     "olmo2",

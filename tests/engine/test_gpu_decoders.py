@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoints import tiny
+from gemma4_models import gemma4
 from gpu_models import (
     FULL,
     GREEDY,
@@ -76,6 +77,24 @@ def test_other_decoders(model_type: str) -> None:
     ours = make(True, model_type, max_batch=2)
     assert "fused decoder" in ours.engine.runner.forward.name
     assert texts(ours, [GREEDY, SEEDED]) == texts(on_cpu(model_type), [GREEDY, SEEDED])
+
+
+@pytest.mark.parametrize(
+    "flavour", ["E2B", "26B-A4B", pytest.param("31B", marks=pytest.mark.slow)]
+)
+def test_gemma4(flavour: str) -> None:
+    """Shared keys, per-layer inputs, experts beside the MLP: prompts in chunks, then captured steps with padding."""
+    source, prompts = str(gemma4(flavour)), [[7, 3, 250, 99, 101], [9, 300]]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+    def found(llm: LLM) -> list[list[int]]:
+        llm.engine.scheduler.max_batch_tokens = 4
+        outputs = llm.generate(prompts, params)
+        return [output.choices[0].token_ids for output in outputs]
+
+    ours = make(True, source=source)
+    assert "fused decoder" in ours.engine.runner.forward.name
+    assert found(ours) == found(on_cpu(source=source))
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,15 @@ from tokenmill.engine.model_class import causal_lm_class, read_config
 
 FUSED = (
     "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "gemma3", "internvl", "glm4v", "llava",
-    "smolvlm", "lfm2_vl", "voxtral",
+    "smolvlm", "lfm2_vl", "voxtral", "gemma4",
 )  # fmt: skip
-OWN_CODE = ("gemma4",)
 
 
-@pytest.mark.parametrize("model_type", [*FUSED, *OWN_CODE])
+@pytest.mark.parametrize("model_type", FUSED)
 def test_greedy_text_is_transformers(model_type: str) -> None:
     folder = tiny(model_type)
     llm = LLM(str(folder), dtype="float32", max_context=128, num_blocks=60)
-    name = llm.engine.runner.forward.name
-    assert name.startswith("fused decoder" if model_type in FUSED else "its own code, ")
+    assert llm.engine.runner.forward.name.startswith("fused decoder")
     prompts = [[7 + i for i in range(n)] for n in (30, 3)]
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     found = [output.choices[0].token_ids for output in llm.generate(prompts, params)]

@@ -141,6 +141,72 @@ def test_a_negative_slot_stores_nothing(isa: InstructionSet) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+@pytest.mark.parametrize("value_size", [40, 64])
+def test_values_are_normed_on_their_way_into_the_cache(
+    isa: InstructionSet, dtype: torch.dtype, tokens: int, value_size: int
+) -> None:
+    qkv = torch.randn(tokens, 8 * 64 + 2 * value_size).to(dtype)
+    slots = torch.randperm(9 * 16)[:tokens]
+    plain, normed = ([torch.zeros(9, 2, 16, n, dtype=dtype) for n in (64, value_size)] for _ in range(2))
+    query = elementwise.rope_store(qkv, None, None, slots, *normed, heads=6, eps=1e-2, value_norm=True)
+    assert torch.equal(query, elementwise.rope_store(qkv, None, None, slots, *plain, heads=6))
+    assert torch.equal(normed[0], plain[0])
+    values = qkv[:, 8 * 64 :].reshape(tokens, 2, value_size)
+    wanted = reference.rms_norm(values, torch.ones(value_size, dtype=dtype), 1e-2)
+    expected = [torch.zeros_like(cache) for cache in normed]
+    attention.store_kv(qkv[:, 6 * 64 : 8 * 64].reshape(tokens, 2, 64).contiguous(), wanted, *expected, slots)
+    close(normed[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_queries_alone_store_nothing(isa: InstructionSet, dtype: torch.dtype) -> None:
+    query, weight = torch.randn(7, 6 * 64).to(dtype), torch.randn(64).to(dtype)
+    angles = torch.randn(2, 7, 32)
+    cache = [torch.full((2, 2, 16, 64), 7.0, dtype=dtype) for _ in range(2)]
+    found, wanted = (
+        function(query, *angles, torch.arange(7), *cache, heads=6, q_weight=weight, stores=False)
+        for function in (elementwise.rope_store, reference.rope_store)
+    )
+    close(found, wanted)
+    assert all(bool((each == 7.0).all()) for each in cache)
+    with pytest.raises(ValueError, match="qkv"):
+        elementwise.rope_store(query, *angles, torch.arange(7), *cache, heads=6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 40])
+@pytest.mark.parametrize(("size", "groups"), [(1, 1), (17, 1), (576, 1), (16, 5), (20, 3)])
+def test_norms_with_the_sum_after_them(
+    isa: InstructionSet, dtype: torch.dtype, rows: int, size: int, groups: int
+) -> None:
+    x, residual = (torch.randn(rows, size * groups).to(dtype) for _ in range(2))
+    weight = torch.randn(size).to(dtype)
+    for offset, scale in ((0.0, 1.0), (1.0, 0.3)):
+        arguments = (x, weight, 1e-5, offset, residual, scale)
+        close(elementwise.norm_add(*arguments), reference.norm_add(*arguments))
+    normed = torch.cat(
+        [elementwise.rms_norm(part.contiguous(), weight, 1e-5) for part in x.split(size, dim=1)], dim=1
+    )
+    assert torch.equal(elementwise.norm_add(x, weight, 1e-5, 0.0, residual), residual + normed)
+    with pytest.raises(ValueError, match="aren't groups"):
+        elementwise.norm_add(x, torch.ones(size * groups + 1, dtype=dtype), 1e-5, 0.0, residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "width", "start"), [(0, 8, 0), (1, 1, 2), (3, 17, 5), (40, 64, 64)])
+def test_activated_times_some_columns(
+    isa: InstructionSet, dtype: torch.dtype, activation: str, rows: int, width: int, start: int
+) -> None:
+    x, other = torch.randn(rows, width).to(dtype), torch.randn(rows, start + width + 3).to(dtype)
+    wanted = reference.act_mul(x, other, start, activation)
+    close(elementwise.act_mul(x, other, start, activation), wanted)
+    with pytest.raises(ValueError, match="have no"):
+        elementwise.act_mul(x, other, start + 4, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 33, 576])
 def test_embedding(isa: InstructionSet, dtype: torch.dtype, size: int) -> None:
     table = torch.randn(50, size).to(dtype)

@@ -149,6 +149,7 @@ ROUTINGS = {
     "bias": Routing(4, bias=torch.linspace(1, -1, 24)),
     "groups": Routing(4, scoring="sigmoid", groups=6, top_groups=2, bias=torch.arange(24) % 5 / 7),
     "groups without a bias": Routing(3, renormalize=False, groups=4, top_groups=1),
+    "gains": Routing(4, scale=0.5, gains=torch.linspace(0.5, 2, 24)),
     "groups of one": Routing(3, groups=24, top_groups=5),
 }
 

@@ -59,6 +59,29 @@ def test_add_rms_norm_in_place_and_strided() -> None:
     assert relative_error(residual, expected_total) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size", "groups"), [(0, 16, 1), (1, 576, 1), (5, 33, 3), (2, 1100, 2)])
+def test_norm_add(rows: int, size: int, groups: int, dtype: torch.dtype) -> None:
+    x, residual = (random(rows, size * groups, dtype=dtype, seed=i) for i in (0, 1))
+    weight = random(size, dtype=dtype, seed=2)
+    for offset, scale in ((0.0, 1.0), (1.0, 0.3)):
+        arguments = (x, weight, 1e-5, offset, residual, scale)
+        assert relative_error(gpu.norm_add(*arguments), reference.norm_add(*arguments)) < TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="aren't sums"):
+        gpu.norm_add(x, random(size * groups + 1, dtype=dtype), 1e-5, 0.0, residual)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "start"), [(0, 8, 0), (1, 1, 2), (3, 1025, 5), (2, 64, 64)])
+def test_act_mul(rows: int, width: int, start: int, dtype: torch.dtype, activation: str) -> None:
+    x, other = random(rows, width, dtype=dtype), random(rows, start + width + 3, dtype=dtype, seed=1)
+    wanted = reference.act_mul(x, other, start, activation)
+    assert relative_error(gpu.act_mul(x, other, start, activation), wanted) < TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="have no"):
+        gpu.act_mul(x, other, start + 4, activation)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 8), (1, 2), (3, 2 * 1025), (2, 2 * 1024)])
@@ -162,6 +185,36 @@ def test_rope_store(
         q_weight=weights[0], k_weight=weights[1], eps=1e-5, norm_offset=1.0, interleaved=interleaved,
     )  # fmt: skip
     assert torch.equal(bits(rows), bits(query))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("e", [32, 80])
+def test_rope_store_norms_values(e: int, dtype: torch.dtype) -> None:
+    qkv, angles = random(5, 6 * 64 + 2 * e, dtype=dtype), random(5, 32, seed=3)
+    slots = torch.tensor([0, 63, -1, 17, 16])
+    plain, normed = caches(2, 64, e, dtype), caches(2, 64, e, dtype)
+    gpu.rope_store(qkv, angles, angles, slots, *plain, heads=4)
+    gpu.rope_store(qkv, angles, angles, slots, *normed, heads=4, eps=1e-2, value_norm=True)
+    assert torch.equal(bits(normed[0]), bits(plain[0]))
+    expected, kept = caches(2, 64, e, dtype), slots >= 0
+    values = reference.rms_norm(qkv[:, 6 * 64 :].reshape(5, 2, e), torch.ones(e, dtype=dtype), 1e-2)
+    keys = qkv[:, 4 * 64 : 6 * 64].reshape(5, 2, 64)
+    reference.store_kv(keys[kept], values[kept], *expected, slots[kept])
+    assert relative_error(normed[1], expected[1]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_of_queries_alone_stores_nothing(dtype: torch.dtype) -> None:
+    query, weight, angles = random(5, 6 * 64, dtype=dtype), random(64, dtype=dtype, seed=1), random(2, 5, 32)
+    cache = caches(2, 64, 64, dtype)
+    before = [each.clone() for each in cache]
+    found, wanted = (
+        function(query, *angles, torch.arange(5), *cache, heads=6, q_weight=weight, stores=False)
+        for function in (gpu.rope_store, reference.rope_store)
+    )
+    assert relative_error(found, wanted) < TOLERANCE[dtype]
+    for each, old in zip(cache, before, strict=True):
+        assert torch.equal(bits(each), bits(old))
 
 
 def test_rope_store_refuses_a_wrong_width() -> None:
