@@ -382,7 +382,7 @@ def paged_attention_decode(
         scale * k_scale, v_scale, softcap, window, item_tokens(rows, kv_heads, query.device), kv_heads,
         GROUP=heads // kv_heads, S=size, D=d, E=e, BLOCK_M=block_m, BLOCK_D=next_power_of_2(d),
         BLOCK_E=next_power_of_2(e), TILE=plan.tile, STAGES=5 if block_m < 64 else 3,
-        SOFTCAP=softcap > 0, WINDOW=window > 0, SINKS=sinks is not None, num_warps=4 if block_m < 64 else 8,
+        SOFTCAP=softcap > 0, WINDOW=window > 0, SINKS=sinks is not None, num_warps=4 if block_m < 64 and d <= 256 else 8,
         **launch_options(),
     )  # fmt: skip
     return out

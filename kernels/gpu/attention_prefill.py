@@ -45,6 +45,8 @@ def _shape(group: int, size: int, value_size: int, dtype: torch.dtype, cache_dty
     width = next_power_of_2(max(size, value_size))
     if dtype == torch.float32:
         return _Shape(max(16, next_power_of_2(group)), 16, 4, 2)
+    if width > 256:  # Gemma 4's layers that see everything: the sums alone are half of the registers
+        return _Shape(max(64, next_power_of_2(group)), 16, 8, 4)
     if width > 128 or group > 64:
         return _Shape(max(128, next_power_of_2(group)), 32, 8, 4)
     return _Shape(128, 64, 8, 5)

@@ -74,6 +74,8 @@ class ModelShapes:
     """How experts are chosen, where it isn't the plain way."""
     expert_biases: bool = False
     states: tuple[StateShapes, ...] = ()
+    layer_input: int = 0
+    """Width of what each layer adds of a token's own; such layers norm values, and may use another's keys."""
     quantization: str | None = None
     batches: tuple[int, ...] = (1, 2, 16, 32, 128)
 
@@ -120,6 +122,12 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
     norm = make.of(shapes.hidden, dtype=shapes.dtype)
     yield "rms_norm", lambda: gpu.rms_norm(x, norm, 1e-5, shapes.norm_offset)
     yield "add_rms_norm", lambda: gpu.add_rms_norm(x, x.clone(), norm, 1e-5, shapes.norm_offset)
+    yield "norm_add", lambda: gpu.norm_add(x, norm, 1e-5, shapes.norm_offset, x)
+    if shapes.layer_input:
+        inputs = make.of(rows, 4 * shapes.layer_input, dtype=shapes.dtype)
+        gate, part = inputs[:, : shapes.layer_input].contiguous(), norm[: shapes.layer_input]
+        yield "act_mul", lambda: gpu.act_mul(gate, inputs, shapes.layer_input, shapes.activation)
+        yield "norm_add, layer inputs", lambda: gpu.norm_add(inputs, part, 1e-5, 0.0, inputs, 0.5)
     product: Callable[..., object] = _product
     if shapes.quantization == "fp8_dynamic":
         product = _fp8_product
@@ -143,7 +151,8 @@ def _layer_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
         second = make.weight(shapes, shapes.experts, shapes.hidden, inner)
         routing = shapes.routing or Routing(shapes.experts_per_token)
         if shapes.routing is not None:
-            routing = dataclasses.replace(routing, bias=make.floats(shapes.experts))
+            each = make.floats(shapes.experts)
+            routing = dataclasses.replace(routing, bias=each, gains=each)
         logits = make.weight(dataclasses.replace(shapes, quantization=None), shapes.experts, shapes.hidden)
         yield "linear, router", lambda: gpu.linear(x, logits, tile_rows=32, out=router)
         yield "route", lambda: gpu.route(router, routing, make.longs(rows))
@@ -177,14 +186,15 @@ def _cache_steps(shapes: ModelShapes, make: _Dummies, rows: int) -> Iterator[Ste
     qkv = make.of(rows, width, dtype=shapes.dtype)
     norm = make.of(shapes.size, dtype=shapes.dtype) if shapes.qk_norm else None
     table = make.floats(64, shapes.rotary)
-    yield (
-        "rope_store",
-        lambda: gpu.rope_store(
-            qkv, table, table, make.longs(rows), k_cache, v_cache, heads=shapes.heads,
-            positions=make.longs(rows), q_weight=norm, k_weight=norm, norm_offset=shapes.norm_offset,
-            interleaved=shapes.interleaved,
-        ),
+    turn = partial(
+        gpu.rope_store, cos=table, sin=table, slots=make.longs(rows), k_cache=k_cache, v_cache=v_cache,
+        heads=shapes.heads, positions=make.longs(rows), q_weight=norm, norm_offset=shapes.norm_offset,
+        interleaved=shapes.interleaved,
     )  # fmt: skip
+    yield "rope_store", partial(turn, qkv, k_weight=norm, value_norm=bool(shapes.layer_input))
+    if shapes.layer_input:
+        alone = make.of(rows, shapes.heads * shapes.size, dtype=shapes.dtype)
+        yield "rope_store, queries alone", partial(turn, alone, stores=False)
     key = make.of(rows, shapes.kv_heads, shapes.size, dtype=shapes.dtype)
     value = make.of(rows, shapes.kv_heads, shapes.value_size, dtype=shapes.dtype)
     yield "store_kv", lambda: gpu.store_kv(key, value, k_cache, v_cache, make.longs(rows))
@@ -300,6 +310,11 @@ _QWEN35 = ModelShapes(
     hidden=1024, heads=8, kv_heads=2, size=256, value_size=256, rotary=32, intermediate=3584, vocabulary=248320,
     qk_norm=True, norm_offset=1.0, states=(_DELTA,), batches=(1, 32),
 )  # fmt: skip
+_GEMMA4 = ModelShapes(
+    hidden=1536, heads=8, kv_heads=1, size=512, value_size=512, rotary=256, intermediate=6144, vocabulary=262144,
+    activation="gelu_tanh", qk_norm=True, layer_input=256, batches=(1, 32),
+)  # fmt: skip
+"""Its layers that see everything; the others' heads are half as large."""
 _OFFLINE = (
     ModelShapes(batches=(1, 32, 128), states=_STATES),
     ModelShapes(quantization="fp8_dynamic", batches=(1, 32, 64, 256, 4096)),
@@ -315,6 +330,7 @@ _OFFLINE = (
     _GPT_OSS,
     _GLM_AIR,
     _QWEN35,
+    _GEMMA4,
 )
 _QUICK = (
     ModelShapes(batches=(1, 32), states=_STATES),
@@ -322,6 +338,7 @@ _QUICK = (
     _EXPERTS,
     _GPT_OSS,
     _GLM_AIR,
+    _GEMMA4,
 )
 """Between them they call every kernel."""
 

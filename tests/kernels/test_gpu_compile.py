@@ -37,7 +37,7 @@ def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
         "bitmask_kernel", "threshold_kernel", "keep_kernel", "choose_kernel", "logprobs_kernel",
         "linear_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "route_kernel", "count_kernel",
         "lay_out_kernel", "expert_kernel", "sum_kernel", "conv_kernel", "recur_kernel", "gated_norm_kernel",
-        "gate_mul_kernel", "copy_states_kernel",
+        "gate_mul_kernel", "copy_states_kernel", "norm_add_kernel", "act_mul_kernel",
     }  # fmt: skip
     assert {kernel["name"] for kernel in kernels} == expected
 
@@ -45,8 +45,10 @@ def test_every_kernel_is_there(kernels: list[dict[str, Any]]) -> None:
 def test_they_fit_a_multiprocessor_without_spilling(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_LIMIT, kernel
-        # The threshold search trades some spilled words for a second program a multiprocessor.
-        assert kernel["stack"] <= (160 if kernel["name"] == "threshold_kernel" else 16), kernel
+        # The threshold search trades some spilled words for a second program a multiprocessor, and a prefill over
+        # heads of 512 has no registers left for a few.
+        spilled = {"threshold_kernel": 160, "prefill_kernel": 64}
+        assert kernel["stack"] <= spilled.get(kernel["name"], 16), kernel
         assert kernel["registers"] * 32 * kernel["warps"] <= 65536, kernel
 
 
@@ -55,7 +57,8 @@ def test_overlapping_kernels_wait_before_they_read(kernels: list[dict[str, Any]]
     assert waiting >= {
         "rms_norm_kernel", "linear_kernel", "rope_store_kernel", "plan_kernel", "decode_kernel",
         "activation_mul_kernel", "store_kernel", "quantize_rows_kernel", "fp8_linear_kernel", "conv_kernel",
-        "recur_kernel", "gated_norm_kernel", "gate_mul_kernel", "copy_states_kernel",
+        "recur_kernel", "gated_norm_kernel", "gate_mul_kernel", "copy_states_kernel", "norm_add_kernel",
+        "act_mul_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert not kernel["reads_before_wait"], kernel

@@ -229,6 +229,7 @@ ROUTINGS = {
     "everything": Routing(
         6, False, "sigmoid", torch.linspace(0.5, -0.5, 60), groups=12, top_groups=3, scale=1.5
     ),
+    "gains": Routing(4, scale=0.5, gains=torch.linspace(0.5, 2.0, 60)),
     "groups of one": Routing(3, bias=torch.linspace(0.5, -0.5, 60), groups=60, top_groups=4),
 }
 
@@ -250,6 +251,7 @@ def test_impossible_routings_are_refused() -> None:
         (Routing(2, groups=7), "from 1 of 7 groups"),
         (Routing(2, groups=4, top_groups=5), "from 5 of 4 groups"),
         (Routing(2, bias=torch.zeros(59)), "bias of 60 experts"),
+        (Routing(2, gains=torch.zeros(59)), "gains of 60 experts"),
     ):
         with pytest.raises(ValueError, match=message):
             gpu.route(logits, routing)
