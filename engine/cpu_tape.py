@@ -106,9 +106,7 @@ class TracingKernels(CpuKernels):
         return elementwise.rms_norm(x, weight, eps, offset)
 
     @staticmethod
-    def norm_add(
-        x: Any, weight: Tensor, eps: float, offset: float, residual: Any, scale: float = 1.0
-    ) -> Any:
+    def norm_add(x: Any, weight: Tensor, eps: float, offset: float, residual: Any, scale: float = 1.0) -> Any:
         if isinstance(x, Traced):
             return x.on(x.tape.norm_add(x.value, weight, eps, offset, residual.value, scale))
         return elementwise.norm_add(x, weight, eps, offset, residual, scale)

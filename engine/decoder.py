@@ -377,9 +377,9 @@ class Decoder:
     ) -> Tensor:
         """What the MLP brings for `normed`, and the experts beside it for x."""
         dense, sparse = feed.down(self._raise(feed, normed), None), beside.sparse
-        choice = self._kernels.route(sparse.router(beside.router_in(x)), sparse.routing, slots)
-        mixed = sparse.mix(beside.experts_in(x), *choice, None)
-        return beside.experts_out(mixed, beside.mlp_out(dense))
+        ids, weights = self._kernels.route(sparse.router(beside.router_in(x)), sparse.routing, slots)
+        mix = self._summed(lambda rows, added: sparse.mix(rows, ids, weights, added))
+        return beside.experts_out(mix(beside.experts_in(x), None), beside.mlp_out(dense))
 
     def _raise(self, dense: _Dense, normed: Tensor) -> Tensor:
         """What goes into the down product: act(gate) * up, or act(up)."""

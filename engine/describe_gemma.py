@@ -1,9 +1,8 @@
 """Reads off a transformers layer what only Gemma 4's have.
 
-    layers that use the keys and values of an earlier one, and values that are keys (`attention_k_eq_v`)
-    per-layer inputs: a second embedding, of which each layer adds its own columns (E2B, E4B)
-    experts beside the MLP, each with norms of its own (26B-A4B)
-    a scale for what leaves a layer, which is kept as a buffer
+Some layers use the keys and values of an earlier one (E2B, E4B), or keys are the values, too (`attention_k_eq_v`).
+A second embedding has columns for each layer, which it adds to what goes through it (E2B, E4B). Experts stand beside
+the MLP (26B-A4B). What leaves a layer is scaled.
 """
 
 from __future__ import annotations

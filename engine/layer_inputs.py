@@ -1,4 +1,4 @@
-"""What tokens bring to each layer by themselves, beside the stream that goes through all of them (Gemma 4's small ones).
+"""What tokens bring to each layer by themselves, beside the stream that goes through all (Gemma 4 E2B and E4B).
 
     ids ─▶ table [V, L * P] ─▶ * scale ─┐
     embedded ─▶ project ─▶ norm of each P ─▶ + ─▶ [T, L * P]      once a step

@@ -3,7 +3,7 @@
     q, k, v, gate, up     rows     a rank's heads, and as many hidden values       [out / N, in]
     out, down             columns  that read them: a partial sum of all outputs    [out, in / N]
     head                  rows     a rank's tokens, the last rank's filled up      [V / N, in]
-    embedding, norms, router       whole, with the router's biases
+    embedding, norms, router       whole, with the router's biases, and so what layers add of a token's own
 
 So a layer's ranks meet twice, to add up what attention and the MLP bring. What is added once (the biases of out
 and down, the residual) belongs to rank 0. Parts are views as long as they stay on the device that the weights
@@ -56,6 +56,8 @@ def shard(model: DecoderSpec, share: Share, device: torch.device) -> list[Kept]:
         assert isinstance(layer.mixer, Attention)
         _cut_attention(layer.mixer, share)
         _cut_feed(layer.mlp, share)
+        if layer.beside is not None:
+            _cut_feed(layer.beside.experts, share)
     tied = model.head.weight is model.embedding
     if not tied:
         _cut_head(model.head, share)
@@ -80,13 +82,18 @@ def refuse_uneven(model: DecoderSpec, size: int) -> None:
         norm = attention.q_norm
         if norm is not None and norm.weight.numel() != attention.head_size:
             raise LoadError("tensor_parallel: its query norm spans all heads, of which a rank has a part")
-        feed = layer.mlp
-        if isinstance(feed, MLP):
-            _require(feed.down.weight.shape[1], size, "hidden values of the MLP")
-            continue
-        _require(feed.inner, size, "hidden values of an expert")
-        if feed.shared is not None:
-            _require(feed.shared.down.weight.shape[1], size, "hidden values of the shared expert")
+        _refuse_uneven_feed(layer.mlp, size)
+        if layer.beside is not None:
+            _refuse_uneven_feed(layer.beside.experts, size)
+
+
+def _refuse_uneven_feed(feed: MLP | Experts, size: int) -> None:
+    if isinstance(feed, MLP):
+        _require(feed.down.weight.shape[1], size, "hidden values of the MLP")
+        return
+    _require(feed.inner, size, "hidden values of an expert")
+    if feed.shared is not None:
+        _require(feed.shared.down.weight.shape[1], size, "hidden values of the shared expert")
 
 
 def _require(count: int, size: int, what: str) -> None:
@@ -97,13 +104,11 @@ def _require(count: int, size: int, what: str) -> None:
 def _cut_attention(attention: Attention, share: Share) -> None:
     width, kv_heads = attention.head_size, attention.kv_heads
     heads, kept = share.of(attention.heads), share.of_kv_heads(kv_heads)
+    parts = [heads, kept, kept] if attention.shares is None else [heads]
+    sizes = [attention.heads * width, kv_heads * width, kv_heads * width][: len(parts)]
     attention.qkv = [
         _rows(part, slice(own.start * width, own.stop * width))
-        for part, own in zip(
-            _apart(attention.qkv, [attention.heads * width, kv_heads * width, kv_heads * width]),
-            (heads, kept, kept),
-            strict=True,
-        )
+        for part, own in zip(_apart(attention.qkv, sizes), parts, strict=True)
     ]
     attention.out = _columns(attention.out, slice(heads.start * width, heads.stop * width), share)
     attention.heads, attention.kv_heads = heads.stop - heads.start, kept.stop - kept.start

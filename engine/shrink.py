@@ -155,7 +155,7 @@ def shrink(fields: dict[str, Any], *, layers: int, hidden: int, vocab: int, grou
 def pick_layers(fields: dict[str, Any], layers: int) -> list[int]:
     """Indices of layers to keep, at least `layers`: each combination of per-layer values once, in turn.
 
-    Where later layers use the keys of earlier ones, every combination comes three times, so that the last of two counts.
+    Where later layers use the keys of earlier ones, each comes three times: the last of two counts.
     """
     depth = _depth(fields)
     lists = [x for x in fields.values() if isinstance(x, list) and len(x) == depth]
@@ -223,9 +223,9 @@ def _shrink_rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
 def randomize(model: nn.Module, seed: int) -> None:
     """Draw all weights anew: matrices that keep a signal's size, norms and biases jittered around their own.
 
-    Among these are what some types keep as buffers: the biases by which routers choose, the scales of layers. The output embedding is
-    larger, so that logits spread over several units. Each tensor's stream is named by its own name: a further layer
-    changes none of the others.
+    Among these are what some types keep as buffers: the biases by which routers choose, the scales of layers. The
+    output embedding is larger, so that logits spread over several units. Each tensor's stream is named by its own
+    name: a further layer changes none of the others.
     """
     with torch.no_grad():
         biases = ((n, b) for n, b in model.named_buffers() if n.endswith(BUFFERS))

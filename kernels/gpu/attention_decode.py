@@ -374,6 +374,7 @@ def paged_attention_decode(
     if rows == 0:
         return out
     block_m = max(16, next_power_of_2(heads // kv_heads))
+    warps = 4 if block_m < 64 and max(d, e) <= 256 else 8
     items = rows + min(plan.mixed.shape[0], rows * (MAX_SPLITS + 1))
     _decode_kernel[(min(items * kv_heads, 4 * multiprocessors(query.device)),)](
         query, k_cache, v_cache, block_table, seq_lens,
@@ -382,7 +383,7 @@ def paged_attention_decode(
         scale * k_scale, v_scale, softcap, window, item_tokens(rows, kv_heads, query.device), kv_heads,
         GROUP=heads // kv_heads, S=size, D=d, E=e, BLOCK_M=block_m, BLOCK_D=next_power_of_2(d),
         BLOCK_E=next_power_of_2(e), TILE=plan.tile, STAGES=5 if block_m < 64 else 3,
-        SOFTCAP=softcap > 0, WINDOW=window > 0, SINKS=sinks is not None, num_warps=4 if block_m < 64 and d <= 256 else 8,
+        SOFTCAP=softcap > 0, WINDOW=window > 0, SINKS=sinks is not None, num_warps=warps,
         **launch_options(),
     )  # fmt: skip
     return out

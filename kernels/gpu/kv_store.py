@@ -286,8 +286,8 @@ def rope_store(
         qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight,
         out, k_cache, v_cache, qkv.stride(0), k_scale, v_scale, eps, norm_offset, heads, kv_heads,
         S=size, D=d, E=e, BLOCK_D=next_power_of_2(d), BLOCK_E=next_power_of_2(e), HALF=cos.shape[-1],
-        HEADS=per, INTERLEAVED=interleaved, NORM=q_weight is not None, VALUE_NORM=value_norm, TABLE=positions is not None,
-        IS_FP8=k_cache.dtype == FP8, num_warps=4, **launch_options(),
+        HEADS=per, INTERLEAVED=interleaved, NORM=q_weight is not None, VALUE_NORM=value_norm,
+        TABLE=positions is not None, IS_FP8=k_cache.dtype == FP8, num_warps=4, **launch_options(),
     )  # fmt: skip
     return out
 

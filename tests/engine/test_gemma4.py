@@ -175,9 +175,7 @@ def test_greedy_survives_preemption(flavour: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_recorded_step_is_the_same_bits(
-    flavour: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recorded_step_is_the_same_bits(flavour: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
     found = []
     for recorded in (True, False):

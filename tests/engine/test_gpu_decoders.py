@@ -79,9 +79,7 @@ def test_other_decoders(model_type: str) -> None:
     assert texts(ours, [GREEDY, SEEDED]) == texts(on_cpu(model_type), [GREEDY, SEEDED])
 
 
-@pytest.mark.parametrize(
-    "flavour", ["E2B", "26B-A4B", pytest.param("31B", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("flavour", ["E2B", "26B-A4B", pytest.param("31B", marks=pytest.mark.slow)])
 def test_gemma4(flavour: str) -> None:
     """Shared keys, per-layer inputs, experts beside the MLP: prompts in chunks, then captured steps with padding."""
     source, prompts = str(gemma4(flavour)), [[7, 3, 250, 99, 101], [9, 300]]

@@ -20,8 +20,8 @@ from tokenmill.kernels import reference
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 DECODER_HALVES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text", "phi3", "granite", "olmo2",
-    "olmo3", "starcoder2", "smollm3", "seed_oss", "phi", "exaone4",
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text", "phi3", "granite",
+    "olmo2", "olmo3", "starcoder2", "smollm3", "seed_oss", "phi", "exaone4",
     "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "granitemoe",
     "granitemoeshared", "dots1", "exaone_moe", "minimax_m2", "solar_open", "mellum", "hy_v3",
 )  # fmt: skip

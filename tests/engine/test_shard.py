@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny
+from gemma4_models import FLAVOURS, gemma4
 from torch import Tensor
 from waiting import PATIENCE_S
 
@@ -103,6 +104,13 @@ def test_ranks_give_the_whole_models_logits(model_type: str, size: int) -> None:
     folder = tiny(model_type)
     found = logits_of_ranks(folder, size)
     assert guards.relative_error(found, whole_logits(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_ranks_give_a_gemma4s_logits(flavour: str) -> None:
+    """Shared keys, keys that are values, experts beside the MLP; what layers add of a token's own is each rank's."""
+    folder = gemma4(flavour)
+    assert guards.relative_error(logits_of_ranks(folder, 2), whole_logits(folder)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab", [321, 273])

@@ -58,6 +58,7 @@ def rope_store(trial: Trial) -> Iterator[CheckResult]:
 # heads, KV heads, D, E, block size, window, softcap, sinks
 _ATTENTION: list[tuple[int, int, int, int, int, int, float, bool]] = [
     (8, 2, 64, 64, 16, 0, 0.0, False),
+    (8, 1, 512, 512, 16, 0, 0.0, False),
     (3, 3, 80, 80, 16, 100, 0.0, True),
     (9, 3, 96, 96, 32, 0, 30.0, False),
     (32, 8, 128, 128, 16, 0, 0.0, False),
