@@ -274,7 +274,7 @@ def norm_add(
 
     A `weight` [N / groups] shorter than rows norms each of their groups by itself.
     """
-    normed = rms_norm(x.unflatten(-1, (-1, weight.numel())), weight, eps, offset).flatten(-2)
+    normed = rms_norm(x.reshape(-1, weight.numel()), weight, eps, offset).view(x.shape)
     return ((residual.float() + normed.float()) * scale).to(x.dtype)
 
 

@@ -38,12 +38,11 @@ def elementwise(trial: Trial) -> Iterator[CheckResult]:
             expected = reference.add_rms_norm(x, residual, weight, 1e-5)
             error = max(relative_error(out, expected[0]), relative_error(total, expected[1]))
             yield CheckResult(label("add_rms_norm", dtype, f"[{rows}, {width}]"), error, allowed)
-            groups = x.repeat(1, 3), residual.repeat(1, 3)
-            arguments = groups[0], weight, 1e-5, 1.0, groups[1], 0.7
-            error = relative_error(gpu.norm_add(*arguments), reference.norm_add(*arguments))
+            sum_of = x.repeat(1, 3), weight, 1e-5, 1.0, residual.repeat(1, 3), 0.7
+            error = relative_error(gpu.norm_add(*sum_of), reference.norm_add(*sum_of))
             yield CheckResult(label("norm_add", dtype, f"[{rows}, 3 * {width}]"), error, allowed)
-            arguments = x[:, 5:].contiguous(), residual, 3, "gelu_tanh"
-            error = relative_error(gpu.act_mul(*arguments), reference.act_mul(*arguments))
+            product_of = x[:, 5:].contiguous(), residual, 3, "gelu_tanh"
+            error = relative_error(gpu.act_mul(*product_of), reference.act_mul(*product_of))
             yield CheckResult(label("act_mul", dtype, f"[{rows}, {width - 5}]"), error, allowed)
         for activation in ("silu", "gelu", "gelu_tanh", "swiglu_oai"):
             gate_up = trial.randn(trial.rows, 2 * trial.width + 2, dtype=dtype) * 3
