@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tokenmill.engine.kernel_set import AttentionPlans
 
 NAME = "tokenmill"
+FEW = 4
+"""One in so many tokens: for more, layers that store nothing run on all tokens rather than on those with logits."""
 _LAYER = "_tokenmill_layer"
 
 
@@ -85,6 +87,26 @@ class AttentionMetadata:
         """Whose states this step continues (`kernels/recurrent.py`)."""
         assert self.lines is not None, "the step of a model that carries states says whose they are"
         return self.lines, self.seq_lens, self.query_start
+
+    def alone(self, index: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens `index` [N] int64 as sequences that end with them and bring nothing else.
+
+        Their positions, block table, sequence lengths and query starts.
+        """
+        places = positions[index]
+        rows = torch.searchsorted(self.query_start.long(), index, right=True) - 1
+        starts = torch.arange(len(index) + 1, dtype=torch.int32, device=index.device)
+        return places, self.block_table[rows], (places + 1).int(), starts
+
+    def narrowed(self, index: Tensor, positions: Tensor) -> tuple[AttentionMetadata, Tensor] | None:
+        """The step of tokens `index` `alone`, and their positions; None where these aren't few."""
+        if len(index) * FEW > len(positions):
+            return None
+        places, table, lengths, starts = self.alone(index, positions)
+        plans = None if self.plans is None else self.plans.of_decodes(len(index))
+        return AttentionMetadata(
+            self.kernels, self.caches, self.slots[index], table, lengths, starts, plans
+        ), places
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Store key and value [T, G, ·], then attend with query [T, H, D]: [T, H, E]."""

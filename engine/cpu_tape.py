@@ -247,7 +247,10 @@ class TapedDecoder:
         if logits_index is None:
             logits_index = torch.arange(len(input_ids))
         lengths = (metadata.block_table, metadata.seq_lens, metadata.query_start)
-        logits = self._tape.run(input_ids, positions, metadata.slots, *lengths, logits_index, metadata.lines)
+        alone = metadata.alone(logits_index, positions) if self._tape.narrows else None
+        logits = self._tape.run(
+            *(input_ids, positions, metadata.slots, *lengths, logits_index, metadata.lines, alone)
+        )
         for change in self._after:
             logits = change(logits)
         return logits if out is None else out.copy_(logits)
@@ -261,6 +264,7 @@ def record(decoder: Decoder, caches: list[tuple[Tensor, Tensor]], dtype: torch.d
         return query.on(recorder.attend(query.value, *caches[layer], **options))
 
     metadata = SimpleNamespace(caches=caches, slots=None, rows=None, look_up=look_up)
+    metadata.narrowed = lambda _, positions: (metadata, positions)
     try:
         logits = cast(Any, decoder)(recorder, EVERY_POSITION, metadata, LOGITS_INDEX)
         recorder.seal(logits.value)

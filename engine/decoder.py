@@ -136,6 +136,7 @@ class Decoder:
         self._head = head if spread is None else spread.joined(head)
         self._inputs = None if model.inputs is None else LayerInputs(model.inputs, kernels)
         self._blocks = [self._block(layer, index) for index, layer in enumerate(model.layers)]
+        self._stored = _layers_until_all_is_stored(model.layers)
 
     def _block(self, layer: spec.Layer, index: int) -> _Block:
         make, source = self._kernels.make_linear, layer.mixer
@@ -271,8 +272,15 @@ class Decoder:
         if model.embed_scale != 1.0:
             x = x * model.embed_scale
         inputs = None if self._inputs is None else self._inputs(input_ids, x)
-        angles = [(rope.cos[positions], rope.sin[positions]) for rope in model.ropes]
+        angles = self._angles(positions)
         for index, block in enumerate(self._blocks):
+            if index == self._stored and logits_index is not None:
+                # Whatever follows brings nothing to later tokens: only those with logits go on.
+                narrowed = metadata.narrowed(logits_index, positions)
+                if narrowed is not None:
+                    metadata, positions = narrowed
+                    x, inputs = x[logits_index], None if inputs is None else inputs[logits_index]
+                    angles, logits_index = self._angles(positions), None
             x = self._layer(block, x, index, angles, metadata)
             if block.own_input is not None and inputs is not None:
                 x = block.own_input(x, inputs)
@@ -284,6 +292,9 @@ class Decoder:
         if model.logit_softcap > 0:
             logits = logits.div_(model.logit_softcap).tanh_().mul_(model.logit_softcap)
         return logits
+
+    def _angles(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(rope.cos[positions], rope.sin[positions]) for rope in self._spec.ropes]
 
     def _layer(
         self,
@@ -409,6 +420,18 @@ class Decoder:
         if norm is not None:
             return norm(product(hidden, None), x)
         return product(hidden, x) if scale == 1.0 else x + product(hidden, None) * scale
+
+
+def _layers_until_all_is_stored(layers: Sequence[spec.Layer]) -> int:
+    """How many layers there are before the plain ones at the end that use other layers' keys and values."""
+    count = len(layers)
+    while count:
+        layer = layers[count - 1]
+        shares = isinstance(layer.mixer, spec.Attention) and layer.mixer.shares is not None
+        if not shares or layer.beside is not None or not isinstance(layer.mlp, spec.MLP):
+            break
+        count -= 1
+    return count
 
 
 def _drop(*parts: spec.Linear | spec.Experts | spec.DecoderSpec) -> None:

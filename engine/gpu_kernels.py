@@ -348,6 +348,9 @@ class StepPlans:
         )
         return out
 
+    def of_decodes(self, count: int) -> StepPlans:
+        return StepPlans(self.kernels, count)
+
 
 @dataclass(frozen=True, slots=True)
 class Unnormed:

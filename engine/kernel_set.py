@@ -63,6 +63,9 @@ class AttentionPlans(Protocol):
     ) -> Tensor:
         """`reference.paged_attention`; `lengths` are the step's block table, sequence lengths, query starts."""
 
+    def of_decodes(self, count: int) -> AttentionPlans:
+        """What the layers of another step share, of `count` sequences with one token each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Penalties:

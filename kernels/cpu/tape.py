@@ -78,6 +78,8 @@ class Tape:
         self._spent: ctypes.Array[c_int64] | None = None
         self._carries = False
         """Whether some layer carries a state, so that steps must say whose."""
+        self.narrows = False
+        """Whether some layer attends with the picked rows alone, so that steps must say where these are."""
         self._held: list[object] = []
         """Tensors and structures that operations point to."""
         self._result: Value | None = None
@@ -134,6 +136,8 @@ class Tape:
     def act_mul(self, x: Value, other: Value, start: int, activation: str) -> Value:
         """As elementwise.act_mul."""
         check_columns(start, x.width, other.width)
+        if x.picked != other.picked:
+            raise ValueError("factors must have the rows of what they multiply")
         return self._record(
             *(ACT_MUL, x.width, x, None, other),
             activation=ACTIVATIONS[activation],
@@ -270,6 +274,8 @@ class Tape:
         """As elementwise.rope_store, the tables read at the step's positions: queries [tokens, heads * D]."""
         _, kv_heads, block_size, size = k_cache.shape
         kv_heads, value_size = kv_heads if stores else 0, v_cache.shape[3]
+        if stores and qkv.picked:
+            raise ValueError("keys and values are stored of all tokens")
         if qkv.width != (heads + kv_heads) * size + kv_heads * value_size:
             raise ValueError(f"rows of {qkv.width} don't hold {heads} queries and {kv_heads} keys and values")
         job = RopeStruct(
@@ -324,6 +330,7 @@ class Tape:
             type=self._type,
         )
         self._held += [k_cache, v_cache, wide]
+        self.narrows |= query.picked
         return self._record(ATTEND, heads * value_size, query, job=ctypes.addressof(job), held=job)
 
     def _record(
@@ -452,10 +459,12 @@ class Tape:
         query_start: Tensor,
         logits_index: Tensor,
         lines: Tensor | None = None,
+        alone: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """One step: `ids`, `positions`, `slots` [T] int64, `block_table` [R, P], `seq_lens` [R], `query_start`
-        [R + 1] int32, `logits_index` [N] int64, and where layers carry states `lines` [R] int64. Returns the sealed
-        value's rows, a tensor of its own."""
+        [R + 1] int32, `logits_index` [N] int64, where layers carry states `lines` [R] int64, and where the tape
+        `narrows` the positions, table, lengths and query starts of the picked rows as N sequences. Returns the
+        sealed value's rows, a tensor of its own."""
         if self._sealed is None or self._result is None:
             raise ValueError("the tape isn't sealed")
         tokens, sequences, picked = ids.shape[0], seq_lens.shape[0], logits_index.shape[0]
@@ -469,6 +478,14 @@ class Tape:
             check(lines, "lines", (sequences,), torch.int64)
         elif self._carries:
             raise ValueError("the step doesn't say whose states it continues")
+        if alone is not None:
+            places, table, lengths, starts = alone
+            check(places, "positions alone", (picked,), torch.int64)
+            check(table, "table alone", (picked, block_table.shape[1]), torch.int32)
+            check(lengths, "lengths alone", (picked,), torch.int32)
+            check(starts, "starts alone", (picked + 1,), torch.int32)
+        elif self.narrows:
+            raise ValueError("the step doesn't say where the rows with logits are")
         rows = picked if self._result.picked else tokens
         result = torch.empty(rows, self._result.width, dtype=self.dtype)
         step = StepStruct(
@@ -486,6 +503,10 @@ class Tape:
             lines=_address(lines),
             type=self._type,
         )
+        if alone is not None:
+            step.picked_positions, step.picked_table, step.picked_lens, step.picked_start = (
+                part.data_ptr() for part in alone
+            )
         for number, memory in enumerate(self._buffers(max(tokens, picked))):
             step.buffers[number] = memory.data_ptr()
         step.buffers[self._sealed[-1].output] = result.data_ptr()

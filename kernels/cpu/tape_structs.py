@@ -49,6 +49,7 @@ class StepStruct(ctypes.Structure):
         ("seq_lens", c_void_p),
         ("query_start", c_void_p),
         ("lines", c_void_p),
+        *((f"picked_{name}", c_void_p) for name in ("positions", "table", "lens", "start")),
         ("buffers", c_void_p * MAX_BUFFERS),
         ("type", c_int32),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tokenmill.engine.decoder_spec import Attention, DecoderSpec, Norm, replace_
 from tokenmill.engine.describe import describe, kept_by
 from tokenmill.engine.kernel_set import ReferenceKernels
 from tokenmill.engine.kv_cache import allocate, block_bytes
+from tokenmill.kernels import reference as reference_kernels
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
@@ -230,3 +232,56 @@ def test_the_table_of_inputs_stays_where_it_is_mapped() -> None:
     left: list[int] = []
     replace_tensors(spec, lambda tensor: left.append(tensor.data_ptr()) or tensor)
     assert table.data_ptr() not in left
+
+
+def test_layers_that_share_keys_run_on_the_rows_with_logits_alone() -> None:
+    """They bring nothing to later tokens. Where rows with logits aren't few, on all."""
+    spec = described("E2B")
+    kept, counts = kept_by(spec), [12, 9]
+    decoder, rows = Decoder(spec, ReferenceKernels()), []
+
+    def attend(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        rows.append(len(query))
+        return reference_kernels.paged_attention(query, *arguments, **options)
+
+    ids = torch.randint(3, 300, (sum(counts),), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(count) for count in counts])
+    slots = torch.cat([torch.arange(count) + 16 * (1 + i) for i, count in enumerate(counts)])
+
+    def logits(index: torch.Tensor | None) -> torch.Tensor:
+        rows.clear()
+        metadata = attention.AttentionMetadata(
+            kernels=SimpleNamespace(paged_attention=attend, store_kv=reference_kernels.store_kv),
+            caches=allocate(kept, 2, 16, torch.float32, torch.device("cpu")).caches,
+            slots=slots,
+            block_table=torch.tensor([[1], [2]], dtype=torch.int32),
+            seq_lens=torch.tensor(counts, dtype=torch.int32),
+            query_start=torch.tensor([0, 12, 21], dtype=torch.int32),
+        )
+        with torch.inference_mode():
+            return decoder(ids, positions, metadata, index)
+
+    whole = logits(None)
+    assert rows == [21] * 6
+    for picked, narrow in (([20, 3, 11], 3), ([11, 11], 2), ([], 0), (list(range(6)), 21)):
+        index = torch.tensor(picked, dtype=torch.int64)
+        torch.testing.assert_close(logits(index), whole[index], rtol=1e-5, atol=1e-5)
+        assert rows == [21] * 4 + [narrow] * 2
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_recorded_step_narrows_where_layers_share_keys(flavour: str) -> None:
+    forward: Any = engine_of(flavour).engine.runner.forward
+    assert forward._logits._tape.narrows == (flavour == "E2B")
+
+
+def test_logprobs_of_a_prompt_are_transformers() -> None:
+    """Rows with logits are many then, and not in the order of the tokens."""
+    llm, ids = engine_of("E2B"), prompts()[2:4]
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    for prompt, output in zip(ids, llm.generate(ids, params), strict=True):
+        with torch.inference_mode():
+            logits = reference("E2B")(torch.tensor([prompt]), use_cache=False).logits[0]
+        wanted = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).flatten()
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs.values == pytest.approx(wanted.tolist(), abs=1e-4)

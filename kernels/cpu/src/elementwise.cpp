@@ -184,6 +184,7 @@ void rope_token(const Rope& job, int64_t token) {
   for (int64_t h = 0; h < job.heads; ++h) {
     turn_head(job, token, row + h * job.size, job.q_norm, query + h * job.size);
   }
+  if (job.kv_heads == 0) return;
   const int64_t slot = job.slots[token];
   if (slot < 0) return;
   const T* key = row + job.heads * job.size;

@@ -80,6 +80,10 @@ struct Step {
   const int32_t* seq_lens;
   const int32_t* query_start;
   const int64_t* lines;  // whose states the sequences continue
+  const int64_t* picked_positions;  // the picked rows as sequences of one query each, where some layers run on them
+  const int32_t* picked_table;
+  const int32_t* picked_lens;
+  const int32_t* picked_start;
   void* buffers[kBuffers];
   int32_t type;
 };
@@ -136,9 +140,9 @@ void rope(const Op& op, const Step& step, const void* in, void* out) {
   Rope job = *static_cast<const Rope*>(op.job);
   job.qkv = in;
   job.query = out;
-  job.positions = step.positions;
+  job.positions = op.picked ? step.picked_positions : step.positions;
   job.slots = step.slots;
-  job.tokens = step.tokens;
+  job.tokens = op.picked ? step.picked : step.tokens;
   tm_rope_store(&job);
 }
 
@@ -146,10 +150,10 @@ void attend(const Op& op, const Step& step, const void* in, void* out, bool tile
   Attention job = *static_cast<const Attention*>(op.job);
   job.query = in;
   job.out = out;
-  job.block_table = step.block_table;
-  job.seq_lens = step.seq_lens;
-  job.query_start = step.query_start;
-  job.sequences = step.sequences;
+  job.block_table = op.picked ? step.picked_table : step.block_table;
+  job.seq_lens = op.picked ? step.picked_lens : step.seq_lens;
+  job.query_start = op.picked ? step.picked_start : step.query_start;
+  job.sequences = op.picked ? step.picked : step.sequences;
   job.table_width = step.table_width;
   job.tiled = tiled;
   tm_attention(&job);
