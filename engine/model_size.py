@@ -81,7 +81,7 @@ def _looked_up(module: Any, head: Any) -> set[int]:
 
 
 def _expert_share(config: object) -> float:
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         total = getattr(config, name, None)
         if chosen and total:
