@@ -25,6 +25,7 @@ from torch.nn import functional
 from tokenmill.engine.block_weight import Experts, Weight, full, join, join_biases
 from tokenmill.engine.config import Quantization
 from tokenmill.engine.gpu_fp8 import Fp8Linear
+from tokenmill.engine.group_weight import GroupExperts, joined_groups, stacked
 from tokenmill.engine.kernel_set import (
     Adjustments,
     Convolve,
@@ -43,6 +44,7 @@ from tokenmill.kernels import gpu
 from tokenmill.kernels.gpu.linear_config import linear_config
 from tokenmill.kernels.gpu.quantize import stored
 from tokenmill.kernels.gpu.skinny_linear import NORM_ROWS, NORM_WIDTH
+from tokenmill.kernels.groups import Groups, Kind
 from tokenmill.kernels.recurrent import Conv, GatedNorm, Rule
 
 SKINNY_ROWS = 64
@@ -58,6 +60,7 @@ class GpuKernels(ReferenceKernels):
     captures = True
     fp8_cache = True
     quantizations = frozenset({"fp8", "fp8_dynamic", "int8", "int4"})
+    packings: frozenset[Kind] = frozenset({"int4", "fp4", "int8", "fp8"})
 
     def __init__(
         self,
@@ -171,8 +174,20 @@ class GpuKernels(ReferenceKernels):
     ) -> Product:
         if self.quantization == "fp8_dynamic":
             return Fp8Linear(join(weights), join_biases(weights, biases), gate)
-        weight = self._quantized(join(weights))
+        weight = self._held(joined_groups(weights))
+        if weight is None:
+            weight = self._quantized(join(weights))
         return self._product(weight, join_biases(weights, biases), gate)
+
+    @staticmethod
+    def _held(weight: Groups | None) -> Any:
+        """A packed weight [..., out, in] as products read it; None where none does."""
+        if weight is None:
+            return None
+        try:
+            return gpu.hold(weight)
+        except ValueError:
+            return None
 
     def _product(self, weight: Any, bias: Tensor | None, gate: str | None) -> GpuLinear:
         product = GpuLinear(self, weight, bias, gate)
@@ -222,13 +237,17 @@ class GpuKernels(ReferenceKernels):
     ) -> Mixture:
         if self.quantization == "fp8_dynamic":
             raise LoadError("quantization fp8_dynamic isn't done for a mixture of experts yet; say fp8")
-        held = [self._quantized(full(weights)) for weights in (gate_up, down)]
+        held = [self._experts(weights) for weights in (gate_up, down)]
         tile = DECODE_TILE if self.deterministic else None
         biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
         mix = partial(
             gpu.mixture, gate_up=held[0], down=held[1], activation=activation, tile_rows=tile, **biases
         )
         return lambda x, ids, weights, residual: mix(x, ids, weights, residual=residual)
+
+    def _experts(self, weights: Experts) -> Any:
+        held = self._held(stacked(weights.groups())) if isinstance(weights, GroupExperts) else None
+        return self._quantized(full(weights)) if held is None else held
 
     # ---------------------------------------------------------------- layers that carry a state
 

@@ -48,6 +48,7 @@ _HOMES = {
     "quantize_fp8": "quantize",
     "quantize_int8": "quantize",
     "quantize_int4": "quantize",
+    "hold": "quantize",
     "Fp8Rows": "fp8_rows",
     "quantize_rows": "fp8_rows",
     "fp8_linear": "fp8_matmul",

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from tokenmill.kernels.gpu.jit import as_operand, dot, jit, tl
 from tokenmill.kernels.gpu.norms import normalized
+from tokenmill.kernels.gpu.quantize import FLOATS, WITH_MINIMA
+
+_FLOATS, _WITH_MINIMA = tl.constexpr(FLOATS), tl.constexpr(WITH_MINIMA)
 
 
 @jit
@@ -66,6 +69,25 @@ def _times_block(
 
 
 @jit
+def _four_bits(codes: tl.tensor, like: tl.tensor, FORM: tl.constexpr) -> tl.tensor:
+    """What codes of 4 bits stand for, as an operand for `like`: integers, or twice the 4-bit floats that they are."""
+    if FORM == _FLOATS:
+        # Eight nibbles: twice the magnitude of each of a float's lower three bits.
+        table = tl.full((1, 1), -0x379BCDF0, tl.int32)  # 0xC8643210
+        wide = codes.to(tl.int32)
+        size = (table >> ((wide & 7) * 4)) & 15
+        return as_operand(tl.where(wide > 7, -size, size).to(tl.int8), like.dtype)
+    return as_operand(codes.to(tl.int8) - 8, like.dtype)
+
+
+@jit
+def _minima(x: tl.tensor, scale_ptr: tl.tensor, at: tl.tensor, valid: tl.tensor) -> tl.tensor:
+    """What a group's minima add to sums of rows `x` [M, GROUP]."""
+    minimum = tl.load(scale_ptr + at, mask=valid, other=0.0)
+    return tl.sum(x.to(tl.float32), axis=1)[:, None] * tl.trans(minimum)
+
+
+@jit
 def _times_int4_block(
     low: tl.tensor,
     high: tl.tensor,
@@ -76,7 +98,9 @@ def _times_int4_block(
     valid: tl.tensor,
     start: tl.tensor,
     accumulator: tl.tensor,
+    K: tl.tensor,
     GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     POLICY: tl.constexpr,
 ) -> tl.tensor:
     """accumulator + x w^T over the two groups of inputs from `start` on, which are all there."""
@@ -85,10 +109,15 @@ def _times_int4_block(
     low_scale = tl.load(scale_ptr + scale_at + start // GROUP, mask=valid, other=0.0)
     high_scale = tl.load(scale_ptr + scale_at + start // GROUP + 1, mask=valid, other=0.0)
     zero = tl.zeros(accumulator.shape, tl.float32)
-    codes = as_operand((packed & 15).to(tl.int8) - 8, low.dtype)
+    codes = _four_bits(packed & 15, low, FORM)
     accumulator += dot(low, tl.trans(codes), zero) * tl.trans(low_scale)
-    codes = as_operand((packed >> 4).to(tl.int8) - 8, low.dtype)
-    return accumulator + dot(high, tl.trans(codes), zero) * tl.trans(high_scale)
+    codes = _four_bits(packed >> 4, low, FORM)
+    accumulator += dot(high, tl.trans(codes), zero) * tl.trans(high_scale)
+    if FORM == _WITH_MINIMA:
+        minima_at = scale_at + (K + start) // GROUP
+        accumulator += _minima(low, scale_ptr, minima_at, valid)
+        accumulator += _minima(high, scale_ptr, minima_at + 1, valid)
+    return accumulator
 
 
 @jit
@@ -113,13 +142,14 @@ def accumulate(
     row_scale: tl.tensor = None,
     offset: tl.tensor = None,
     NORM: tl.constexpr = False,
+    FORM: tl.constexpr = 0,
 ) -> tl.tensor:
     """x w^T over the inputs `first` .. `last`, for `outputs` [BLOCK_N] and, if GATED, for outputs + N.
 
-    `x_at` [BLOCK_M] are element offsets of the rows, `real` says which of them exist. GROUP > 0: the weight
-    is int4 and BLOCK_K two groups. With NORM x is normed first, by the factors `row_scale` [R, 1] and the weights
-    at `norm_ptr`, and R rows are given, which divide BLOCK_M: row r of the sums is row r mod R. Returns (sums,
-    sums of the second half).
+    `x_at` [BLOCK_M] are element offsets of the rows, `real` says which of them exist. GROUP > 0: the weight is in 4
+    bits, of a FORM of quantize.py, and BLOCK_K two groups. With NORM x is normed first, by the factors `row_scale`
+    [R, 1] and the weights at `norm_ptr`, and R rows are given, which divide BLOCK_M: row r of the sums is row r mod R.
+    Returns (sums, sums of the second half).
     """
     x_at, real = x_at[:, None], real[:, None]
     valid = (outputs < N)[:, None]
@@ -130,16 +160,29 @@ def accumulate(
     more = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         if GROUP > 0:
-            k, scale_at = start + tl.arange(0, GROUP), line * (K // GROUP)
+            PARTS: tl.constexpr = 2 if FORM == _WITH_MINIMA else 1
+            k, scale_at = start + tl.arange(0, GROUP), line * (PARTS * (K // GROUP))
             low = _load_rows(x_ptr, x_at, real, k, K, norm_ptr, row_scale, offset, NORM, BLOCK_M)
             high = _load_rows(x_ptr, x_at, real, k + GROUP, K, norm_ptr, row_scale, offset, NORM, BLOCK_M)
             sums = _times_int4_block(
-                low, high, w_ptr, line * (K // 2), scale_ptr, scale_at, valid, start, sums, GROUP, POLICY
+                low,
+                high,
+                w_ptr,
+                line * (K // 2),
+                scale_ptr,
+                scale_at,
+                valid,
+                start,
+                sums,
+                K,
+                GROUP,
+                FORM,
+                POLICY,
             )
             if GATED:
                 more = _times_int4_block(
-                    low, high, w_ptr, (line + N) * (K // 2), scale_ptr, (line + N) * (K // GROUP), valid,
-                    start, more, GROUP, POLICY,
+                    low, high, w_ptr, (line + N) * (K // 2), scale_ptr, (line + N) * (PARTS * (K // GROUP)), valid,
+                    start, more, K, GROUP, FORM, POLICY,
                 )  # fmt: skip
         else:
             k = start + tl.arange(0, BLOCK_K)

@@ -17,7 +17,7 @@ from tokenmill.kernels.gpu.jit import ceil_div, check_cuda, jit, next_power_of_2
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale
 from tokenmill.kernels.gpu.moe_routing import ExpertTiles, lay_out
 from tokenmill.kernels.gpu.overlap import launch_options, wait_for_inputs
-from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
+from tokenmill.kernels.gpu.quantize import QuantizedWeight, form_of, stored
 
 _FEW_ROWS, _MANY_ROWS = 16, 64
 
@@ -43,6 +43,7 @@ def _expert_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -63,7 +64,7 @@ def _expert_kernel(
     scale_ptr += expert * scale_stride
     sums, more = accumulate(
         x_ptr, rows * x_stride, pairs >= 0, w_ptr + expert * w_stride, scale_ptr, outputs, N, K, 0, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES, ACTIVATION != "",
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES, ACTIVATION != "", FORM=FORM,
     )  # fmt: skip
     valid = outputs < N
     if SCALED:
@@ -128,7 +129,8 @@ def _grouped(
     _expert_kernel[(tiles.experts.shape[0], ceil_div(out.shape[1], block_n))](
         x, data, scale, x if bias is None else bias, tiles.pairs, tiles.experts, tiles.count, pair_weights,
         out, out.shape[1], x.shape[1], x.stride(0), data.stride(0), scale.stride(0),
-        TOP=top, BLOCK_M=tiles.rows, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=group, STAGES=5 if few else 4,
+        TOP=top, BLOCK_M=tiles.rows, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=group,
+        FORM=form_of(weight), STAGES=5 if few else 4,
         SCALED=data is not weight and not group, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=4, **launch_options(),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from tokenmill.kernels.gpu.linear_config import LinearConfig, linear_config, sta
 from tokenmill.kernels.gpu.matmul_tile import accumulate, channel_scale, tile_of_program
 from tokenmill.kernels.gpu.norms import LANES, WARPS, RowNorm, chunks, inverse_rms
 from tokenmill.kernels.gpu.overlap import launch_options, prefetch, wait_for_inputs
-from tokenmill.kernels.gpu.quantize import QuantizedWeight, stored
+from tokenmill.kernels.gpu.quantize import QuantizedWeight, form_of, stored
 
 NORM_ROWS = 8
 """Up to so many rows can be normed by the product that reads them."""
@@ -138,6 +138,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FORM: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -171,7 +172,7 @@ def _linear_kernel(
         x_ptr, x_rows.to(tl.int64) * x_stride, x_rows < M, w_ptr, scale_ptr, outputs, N, K,
         split * share, tl.minimum((split + 1) * share, K),
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES, ACTIVATION != "",
-        norm_ptr, row_scale, offset, NORM_ROWS > 0,
+        norm_ptr, row_scale, offset, NORM_ROWS > 0, FORM,
     )  # fmt: skip
     inside = (rows < M)[:, None] & (outputs < N)[None, :]
     at = rows.to(tl.int64)[:, None] * N + outputs[None, :]
@@ -275,7 +276,7 @@ def linear(
         x if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.offset,
         BLOCK_M=tile_rows, BLOCK_N=config.block_n, BLOCK_K=block_k,
-        GROUP=group, STAGES=stages, SPLITS=config.splits, SCALED=data is not weight and not group,
+        GROUP=group, FORM=form_of(weight), STAGES=stages, SPLITS=config.splits, SCALED=data is not weight and not group,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACTIVATION=activation or "",
         LINES=min(16, next_power_of_2(inputs * bits // (1024 * config.splits))),
         NORM_ROWS=0 if norm is None else 1 if rows == 1 else NORM_ROWS,

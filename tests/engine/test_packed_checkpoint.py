@@ -137,6 +137,23 @@ def test_logprobs_are_those_of_the_unpacked_checkpoint(kind: str, model_type: st
         torch.testing.assert_close(near, exact, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("gptq", True), ("float-quantized", True), ("fp8", False)])
+def test_a_gpu_keeps_what_its_products_read(
+    kind: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales by blocks aren't, so those weights are unpacked when they are wanted."""
+    monkeypatch.setenv("TOKENMILL_KERNELS", "triton")
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    texts, plain = [], []
+    for folder in packed(kind, tmp_path):
+        llm = LLM(str(folder), dtype="float32", max_context=64, num_blocks=20)
+        texts.append(llm.generate([[5, 6, 7]], params)[0].choices[0].token_ids)
+        forward: Any = llm.engine.runner.forward
+        plain.append(all(isinstance(block.feed.up.weight, torch.Tensor) for block in forward._logits._blocks))
+    assert texts[0] == texts[1]
+    assert plain == [not kept, True]
+
+
 def test_its_own_dtype_is_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.engine.loader.computes_bfloat16", lambda device: True)
     folder, _ = packed("awq", tmp_path)

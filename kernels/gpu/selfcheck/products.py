@@ -12,6 +12,7 @@ from tokenmill.kernels import gpu, reference
 from tokenmill.kernels.gpu import reference_gpu
 from tokenmill.kernels.gpu.cases import poisoned, relative_error
 from tokenmill.kernels.gpu.selfcheck.trial import TOLERANCE, CheckResult, Trial, differing, label
+from tokenmill.kernels.groups import Groups, Kind
 from tokenmill.kernels.reference import Routing
 
 _QUANTIZERS: dict[str, Callable[[Tensor], Any]] = {
@@ -19,7 +20,20 @@ _QUANTIZERS: dict[str, Callable[[Tensor], Any]] = {
     "int8": lambda weight: gpu.quantize_int8(weight),
     "int4/32": lambda weight: gpu.quantize_int4(weight, 32),
     "int4/128": lambda weight: gpu.quantize_int4(weight, 128),
+    "mxfp4": lambda weight: gpu.hold(_packed(weight, "fp4", 32)),
+    "int4/128 with minima": lambda weight: gpu.hold(_packed(weight, "int4", 128)),
 }
+
+
+def _packed(weight: Tensor, kind: Kind, group: int) -> Groups:
+    """Random codes of `weight`'s shape and size, as checkpoints have them."""
+    *before, inputs = weight.shape
+    generator = torch.Generator(weight.device).manual_seed(1)
+    codes = torch.randint(
+        0, 256, (*before, inputs // 2), dtype=torch.uint8, device=weight.device, generator=generator
+    )
+    scale = weight.float().reshape(*before, -1, group).abs().amax(-1) / 8
+    return Groups(kind, codes, scale, -scale * 8 if kind == "int4" else None, group)
 
 
 def elementwise(trial: Trial) -> Iterator[CheckResult]:
