@@ -173,7 +173,8 @@ def _open(
     progress: Progress,
 ) -> _Opened:
     if checkpoint.gguf_file is None:
-        return _open_folder(checkpoint, device, dtype, progress, kept_packings(config, device))
+        keep = frozenset() if checkpoint.packing is None else kept_packings(config, device)
+        return _open_folder(checkpoint, device, dtype, progress, keep)
     if config.quantization == "gguf":
         return _open_blocks(checkpoint.gguf_file, dtype, progress)
     folder = gguf_cache.converted_folder(checkpoint.gguf_file, dtype)
@@ -202,7 +203,7 @@ def _open_folder(
     try:
         module, blocks = read(keep)
     except LoadError:
-        if checkpoint.packing is None or not keep:
+        if not keep:
             raise
         module, blocks = read(frozenset())
     progress("reading the tokenizer", None)
